@@ -1,0 +1,122 @@
+#include <pybind11/pybind11.h>
+
+#include "build_config.h"
+#include "launchers.h"
+#include "tensor_caster.h"
+
+#if defined(FACELT_WITH_CUDA)
+#include "cuda/device_info.h"
+#endif
+#if defined(FACELT_WITH_EMULATION)
+#include "emulation/schedule.h"
+#endif
+
+namespace py = pybind11;
+using facelt::Execution;
+using facelt::RangeLossOptions;
+using facelt::TensorView;
+
+namespace {
+
+#define FACELT_BIND(m, backend, name) \
+  m.def(#name, facelt::backend::name, py::call_guard<py::gil_scoped_release>())
+
+#define FACELT_BIND_BACKEND(m, backend) \
+  do { \
+    FACELT_BIND(m, backend, group_labels); \
+    FACELT_BIND(m, backend, class_ranges_forward); \
+    FACELT_BIND(m, backend, class_ranges_backward); \
+    FACELT_BIND(m, backend, class_centroids_forward); \
+    FACELT_BIND(m, backend, class_centroids_backward); \
+    FACELT_BIND(m, backend, min_centroid_distance_forward); \
+    FACELT_BIND(m, backend, min_centroid_distance_backward); \
+    FACELT_BIND(m, backend, range_loss_forward); \
+    FACELT_BIND(m, backend, range_loss_backward); \
+    FACELT_BIND(m, backend, group_labels_workspace); \
+    FACELT_BIND(m, backend, class_ranges_workspace); \
+    FACELT_BIND(m, backend, min_centroid_distance_workspace); \
+    FACELT_BIND(m, backend, range_loss_workspace); \
+  } while (false)
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FACELT_VERSION;
+  info["compiler"] = compiler();
+  py::list backends;
+  backends.append("cpu");
+#if defined(FACELT_WITH_CUDA)
+  backends.append("cuda");
+  info["cuda_version"] = facelt::cuda::built_with();
+  info["cuda_archs"] = FACELT_CUDA_ARCHS;
+  info["cuda_missing"] = py::none();
+#else
+  info["cuda_version"] = py::none();
+  info["cuda_archs"] = py::none();
+  info["cuda_missing"] = FACELT_CUDA_MISSING;
+#endif
+#if defined(FACELT_WITH_EMULATION)
+  backends.append("emulated");
+#endif
+  info["backends"] = backends;
+  return info;
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<Execution> {
+  PYBIND11_TYPE_CASTER(Execution, const_name("int"));
+
+  bool load(handle source, bool) {
+    value.stream_or_threads = static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(source.ptr()));
+    if (PyErr_Occurred()) throw error_already_set();
+    return true;
+  }
+};
+
+// (margin, alpha, beta, squared)
+template <>
+struct type_caster<RangeLossOptions> {
+  PYBIND11_TYPE_CASTER(RangeLossOptions, const_name("tuple[float, float, float, bool]"));
+
+  bool load(handle source, bool) {
+    const auto [margin, alpha, beta, squared] =
+        py::cast<std::tuple<double, double, double, bool>>(source);
+    value = {margin, alpha, beta, squared};
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The native kernels of facelt_ext; called by facelt_ext.functional.";
+  m.def("build_info", build_info);
+  m.def("no_operation", [](const TensorView&) {}, "Reads a tensor's layout; for measuring that.");
+
+  py::module_ cpu = m.def_submodule("cpu");
+  FACELT_BIND_BACKEND(cpu, cpu);
+#if defined(FACELT_WITH_CUDA)
+  py::module_ cuda = m.def_submodule("cuda");
+  FACELT_BIND_BACKEND(cuda, cuda);
+  cuda.def("require_driver", facelt::cuda::require_driver);
+#endif
+#if defined(FACELT_WITH_EMULATION)
+  py::module_ emulated = m.def_submodule("emulated");
+  FACELT_BIND_BACKEND(emulated, emulated);
+  emulated.def("set_schedule", facelt::emulation::set_schedule, py::arg("schedule"),
+               py::arg("seed") = 0);
+#endif
+}

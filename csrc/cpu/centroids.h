@@ -1,0 +1,84 @@
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "../selection.h"
+#include "common.h"
+#include "pair_blocks.h"
+
+namespace facelt::cpu {
+
+// The mean of one class's samples, added up in batch order.
+template <class T>
+void write_centroid(const T* features, std::int64_t dimensions, const std::int64_t* order,
+                    std::int64_t begin, std::int64_t end, Compute<T>* centroid) {
+  using A = Compute<T>;
+  const RowKernels<A>& kernels = row_kernels<A>();
+  std::fill(centroid, centroid + dimensions, A(0));
+  if (begin == end) return;
+  std::vector<A> wide(std::is_same_v<T, A> ? 0 : dimensions);
+  for (std::int64_t p = begin; p < end; ++p) {
+    const T* row = features + order[p] * dimensions;
+    if constexpr (std::is_same_v<T, A>) {
+      kernels.add(row, centroid, dimensions);
+    } else {
+      conversion_kernels<T>().widen(row, wide.data(), dimensions);
+      kernels.add(wide.data(), centroid, dimensions);
+    }
+  }
+  kernels.scale(centroid, A(1) / static_cast<A>(end - begin), centroid, dimensions);
+}
+
+// The smallest squared distance among the rows that `live` lists, by blocks that threads can share.
+// A candidate's pair is a * number_of_live + b of positions in `live`.
+template <class A>
+class MinDistance {
+ public:
+  MinDistance(const A* centroids, std::int64_t dimensions, const std::vector<std::int64_t>& live)
+      : centroids_(centroids),
+        dimensions_(dimensions),
+        live_(live),
+        smallest_(number_of_blocks(rows()), Candidate<A>{A(0), kNoPair}) {}
+
+  std::int64_t size() const { return static_cast<std::int64_t>(smallest_.size()); }
+
+  void run(std::int64_t block) {
+    Candidate<A>& best = smallest_[block];
+    visit_pair_block(centroids_, dimensions_, live_.data(), 0, rows(), block,
+                     [&](std::int64_t a, std::int64_t b, A distance) {
+                       const Candidate<A> candidate{distance, a * rows() + b};
+                       if (is_smaller(candidate, best)) best = candidate;
+                     });
+  }
+
+  struct Result {
+    A squared_distance;  // +inf for fewer than two rows, NaN for a centroid that is not finite
+    std::int64_t q, r;   // rows, or kNoPair
+  };
+
+  Result result() const {
+    for (std::int64_t row : live_) {
+      if (!row_kernels<A>().all_finite(centroids_ + row * dimensions_, dimensions_)) {
+        return {std::numeric_limits<A>::quiet_NaN(), kNoPair, kNoPair};
+      }
+    }
+    Candidate<A> best{A(0), kNoPair};
+    for (const Candidate<A>& candidate : smallest_) {
+      if (is_smaller(candidate, best)) best = candidate;
+    }
+    if (best.pair == kNoPair) return {std::numeric_limits<A>::infinity(), kNoPair, kNoPair};
+    return {best.distance, live_[best.pair / rows()], live_[best.pair % rows()]};
+  }
+
+ private:
+  std::int64_t rows() const { return static_cast<std::int64_t>(live_.size()); }
+
+  const A* centroids_;
+  std::int64_t dimensions_;
+  const std::vector<std::int64_t>& live_;
+  std::vector<Candidate<A>> smallest_;
+};
+
+}  // namespace facelt::cpu

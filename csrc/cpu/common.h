@@ -1,0 +1,73 @@
+#pragma once
+
+#include <omp.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <exception>
+
+#include "../launchers.h"
+#include "../scalar.h"
+
+namespace facelt::cpu {
+
+inline int threads(Execution execution) { return static_cast<int>(execution.stream_or_threads); }
+
+inline const std::int64_t* index_pointer(const TensorView& view, const char* name,
+                                         std::int64_t numel) {
+  return pointer<const std::int64_t>(view, name, ScalarType::kInt64, numel, kCpuDevice);
+}
+
+inline std::int64_t* index_output(const TensorView& view, const char* name, std::int64_t numel) {
+  return pointer<std::int64_t>(view, name, ScalarType::kInt64, numel, kCpuDevice);
+}
+
+template <class T>
+const T* input(const TensorView& view, const char* name, std::int64_t numel) {
+  return pointer<const T>(view, name, Scalar<T>::kType, numel, kCpuDevice);
+}
+
+template <class T>
+T* output(const TensorView& view, const char* name, std::int64_t numel) {
+  return pointer<T>(view, name, Scalar<T>::kType, numel, kCpuDevice);
+}
+
+// Page faults dominate the writing of a large fresh output; huge pages make them 512 times fewer.
+inline void advise_huge_pages(const TensorView& view, std::size_t element_size) {
+#if defined(MADV_HUGEPAGE)
+  constexpr std::size_t kWorthwhile = 4 << 20;
+  const std::size_t bytes = static_cast<std::size_t>(view.numel()) * element_size;
+  if (bytes < kWorthwhile) return;
+  const std::uintptr_t page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(view.data) + page - 1) & ~(page - 1);
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(view.data) + bytes) & ~(page - 1);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)view;
+  (void)element_size;
+#endif
+}
+
+// An exception (memory running out) may not leave an OpenMP region; it is carried out by hand.
+class FirstException {
+ public:
+  template <class Function>
+  void run(Function&& function) noexcept {
+    try {
+      function();
+    } catch (...) {
+#pragma omp critical(facelt_first_exception)
+      if (!first_) first_ = std::current_exception();
+    }
+  }
+
+  void rethrow() const {
+    if (first_) std::rethrow_exception(first_);
+  }
+
+ private:
+  std::exception_ptr first_;
+};
+
+}  // namespace facelt::cpu

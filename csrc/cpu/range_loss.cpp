@@ -1,0 +1,157 @@
+#include "centroids.h"
+#include "groups.h"
+#include "ranges.h"
+
+namespace facelt::cpu {
+
+namespace {
+
+template <class T>
+struct RangeLossOutputs {
+  using A = Compute<T>;
+  A* loss;
+  std::int64_t* segment;
+  std::int64_t* offsets;
+  std::int64_t* pairs;
+  A* pair_scale;
+  std::int64_t* center_pair;
+  A* center_gradient;
+};
+
+// The intra term's sum of harmonic means; what each selected pair passes back goes into pair_scale.
+template <class T>
+Compute<T> reduce_ranges(const RangeTasks<T>& tasks, const std::vector<std::int64_t>& order,
+                         std::int64_t classes, std::int64_t k, const RangeLossOptions& options,
+                         const RangeLossOutputs<T>& out) {
+  using A = Compute<T>;
+  const std::int64_t batch = static_cast<std::int64_t>(order.size());
+  std::vector<A> ranges(k);
+  A sum = 0;
+  std::fill(out.pairs, out.pairs + batch * k * 2, kNoPair);
+  std::fill(out.pair_scale, out.pair_scale + batch * k, A(0));
+  for (std::int64_t s = 0; s < classes; ++s) {
+    const auto largest = tasks.largest(s);
+    write_ranges(largest, order.data(), batch, k, options.squared, ranges.data(),
+                 out.pairs + s * k * 2);
+    sum += harmonic_mean(ranges.data(), static_cast<std::int64_t>(largest.size()), options.squared,
+                         static_cast<A>(options.alpha), out.pair_scale + s * k);
+  }
+  return sum;
+}
+
+template <class T>
+void forward(const T* features, const std::int64_t* labels, std::int64_t batch,
+             std::int64_t dimensions, std::int64_t k, const RangeLossOptions& options,
+             const RangeLossOutputs<T>& out, int num_threads) {
+  using A = Compute<T>;
+  std::vector<std::int64_t> order(batch);
+  const std::int64_t classes =
+      group_labels(labels, batch, order.data(), out.segment, out.offsets);
+  RangeTasks<T> tasks(features, dimensions, order.data(), out.offsets, batch, classes, k);
+  std::vector<A> centroids(classes * dimensions);
+  std::vector<std::int64_t> live(classes);
+  for (std::int64_t s = 0; s < classes; ++s) live[s] = s;
+  MinDistance<A> search(centroids.data(), dimensions, live);
+  FirstException failure;
+#pragma omp parallel num_threads(num_threads)
+  {
+#pragma omp for schedule(dynamic)
+    for (std::int64_t s = 0; s < classes; ++s) {
+      failure.run([&] {
+        write_centroid(features, dimensions, order.data(), out.offsets[s], out.offsets[s + 1],
+                       centroids.data() + s * dimensions);
+      });
+    }
+#pragma omp for schedule(dynamic) nowait
+    for (std::int64_t t = 0; t < tasks.size(); ++t) failure.run([&] { tasks.run(t); });
+#pragma omp for schedule(dynamic)
+    for (std::int64_t block = 0; block < search.size(); ++block) {
+      failure.run([&] { search.run(block); });
+    }
+  }
+  failure.rethrow();
+  const A intra = reduce_ranges(tasks, order, classes, k, options, out);
+  const auto nearest = search.result();
+  const A distance =
+      options.squared ? nearest.squared_distance : square_root(nearest.squared_distance);
+  const InterTerm<A> inter = inter_term(distance, static_cast<A>(options.margin),
+                                        static_cast<A>(options.beta), options.squared);
+  const A loss = static_cast<A>(options.alpha) * intra + inter.value;
+  *out.loss = loss;
+  out.center_pair[0] = nearest.q;
+  out.center_pair[1] = nearest.r;
+  std::fill(out.center_gradient, out.center_gradient + dimensions, A(0));
+  if (nearest.q != kNoPair) {
+    row_kernels<A>().add_scaled_difference(centroids.data() + nearest.q * dimensions,
+                                           centroids.data() + nearest.r * dimensions, inter.scale,
+                                           out.center_gradient, dimensions);
+  }
+  out.center_gradient[dimensions] = loss == loss ? A(0) : loss;
+}
+
+}  // namespace
+
+void range_loss_forward(const TensorView& features, const TensorView& labels,
+                        const RangeLossOptions& options, const TensorView& loss,
+                        const TensorView& segment, const TensorView& offsets,
+                        const TensorView& pairs, const TensorView& pair_scale,
+                        const TensorView& center_pair, const TensorView& center_gradient,
+                        const TensorView&, Execution execution) {
+  const std::int64_t batch = features.size(0), dimensions = features.size(1);
+  const std::int64_t k = pair_scale.size(1);
+  dispatch_floating(features.dtype, "features", [&](auto zero) {
+    using T = decltype(zero);
+    using A = Compute<T>;
+    const RangeLossOutputs<T> out{output<A>(loss, "loss", 1),
+                                  index_output(segment, "segment", batch),
+                                  index_output(offsets, "offsets", batch + 1),
+                                  index_output(pairs, "pairs", batch * k * 2),
+                                  output<A>(pair_scale, "pair_scale", batch * k),
+                                  index_output(center_pair, "center_pair", 2),
+                                  output<A>(center_gradient, "center_gradient", dimensions + 1)};
+    forward(input<T>(features, "features", batch * dimensions),
+            index_pointer(labels, "labels", batch), batch, dimensions, k, options, out,
+            threads(execution));
+  });
+}
+
+std::int64_t range_loss_workspace(std::int64_t, std::int64_t, std::int64_t, std::int64_t) {
+  return 0;
+}
+
+void range_loss_backward(const TensorView& grad_loss, const TensorView& features,
+                         const TensorView& segment, const TensorView& offsets,
+                         const TensorView& pairs, const TensorView& pair_scale,
+                         const TensorView& center_pair, const TensorView& center_gradient,
+                         const TensorView& grad_features, Execution execution) {
+  const std::int64_t batch = features.size(0), dimensions = features.size(1);
+  const std::int64_t k = pair_scale.size(1);
+  const std::int64_t* classes = index_pointer(segment, "segment", batch);
+  const std::int64_t* starts = index_pointer(offsets, "offsets", batch + 1);
+  const std::int64_t* center = index_pointer(center_pair, "center_pair", 2);
+  dispatch_floating(features.dtype, "features", [&](auto zero) {
+    using T = decltype(zero);
+    using A = Compute<T>;
+    const A* direction = input<A>(center_gradient, "center_gradient", dimensions + 1);
+    const A grad = *input<A>(grad_loss, "grad_loss", 1);
+    const A start = direction[dimensions];
+    const RowKernels<A>& kernels = row_kernels<A>();
+    advise_huge_pages(grad_features, sizeof(T));
+    const auto begin_row = [&](std::int64_t i, A* row) {
+      const std::int64_t s = classes[i];
+      if (start == A(0) && (s == center[0] || s == center[1])) {
+        const A share = grad / static_cast<A>(starts[s + 1] - starts[s]);
+        kernels.scale(direction, s == center[0] ? share : -share, row, dimensions);
+      } else {
+        std::fill(row, row + dimensions, start);
+      }
+    };
+    write_pair_gradients(input<T>(features, "features", batch * dimensions), batch, dimensions,
+                         classes, index_pointer(pairs, "pairs", batch * k * 2),
+                         input<A>(pair_scale, "pair_scale", batch * k), batch, k, grad,
+                         output<T>(grad_features, "grad_features", batch * dimensions),
+                         threads(execution), begin_row);
+  });
+}
+
+}  // namespace facelt::cpu

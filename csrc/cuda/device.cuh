@@ -1,0 +1,119 @@
+// What the kernels stand on: CUDA, or its emulation on the CPU. Kernels use nothing beyond this.
+#pragma once
+
+#if defined(FACELT_EMULATION)
+#include "../emulation/runtime.h"
+#define FACELT_CUDA_NAMESPACE emulated
+#else
+#include <cuda_runtime.h>
+#define FACELT_CUDA_NAMESPACE cuda
+#endif
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "../launchers.h"
+#include "../scalar.h"
+#include "../selection.h"
+
+#if !defined(FACELT_EMULATION)
+
+#define FACELT_SHARED(type, name, count) __shared__ type name[count]
+
+namespace facelt {
+
+using stream_t = cudaStream_t;
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream,
+            A&&... args) {
+  std::tuple<P...> parameters(std::forward<A>(args)...);
+  std::apply(
+      [&](auto&... parameter) {
+        void* addresses[] = {static_cast<void*>(&parameter)...};
+        check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses,
+                               shared_bytes, stream),
+              "kernel launch");
+      },
+      parameters);
+}
+
+}  // namespace facelt
+
+#endif
+
+namespace facelt::FACELT_CUDA_NAMESPACE {
+
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kWarp = 32;
+
+inline stream_t stream_of(Execution execution) {
+  return reinterpret_cast<stream_t>(execution.stream_or_threads);
+}
+
+// Grids may not be empty; kernels check their bounds, so one block too many does nothing.
+inline unsigned blocks_for(std::int64_t items, std::int64_t per_block) {
+  const std::int64_t blocks = (items + per_block - 1) / per_block;
+  if (blocks > 0x7fffffff) throw std::invalid_argument("the batch is too large for a CUDA grid");
+  return blocks > 0 ? static_cast<unsigned>(blocks) : 1u;
+}
+
+// Hands out aligned parts of a workspace. Without a base it only adds up what is needed.
+class Arena {
+ public:
+  explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(std::int64_t count) {
+    const std::int64_t offset = (used_ + 15) / 16 * 16;
+    used_ = offset + count * static_cast<std::int64_t>(sizeof(T));
+    return base_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
+  }
+
+  std::int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  std::int64_t used_ = 0;
+};
+
+inline void* workspace_pointer(const TensorView& workspace, std::int64_t needed, int device) {
+  return pointer<void>(workspace, "workspace", ScalarType::kUInt8, needed, device);
+}
+
+__host__ __device__ __forceinline__ std::int64_t lesser(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
+
+template <class A>
+__device__ __forceinline__ Candidate<A> shuffle_xor(const Candidate<A>& value, int lane_mask) {
+  return {__shfl_xor_sync(kFullMask, value.distance, lane_mask),
+          static_cast<std::int64_t>(
+              __shfl_xor_sync(kFullMask, static_cast<long long>(value.pair), lane_mask))};
+}
+
+// The first candidate of a warp in the order `precedes`, known to every lane.
+template <class A, class Order>
+__device__ __forceinline__ Candidate<A> warp_first(Candidate<A> value, Order precedes) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    const Candidate<A> other = shuffle_xor(value, mask);
+    if (precedes(other, value)) value = other;
+  }
+  return value;
+}
+
+template <class V>
+__device__ __forceinline__ V warp_sum(V value) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(kFullMask, value, mask);
+  return value;
+}
+
+}  // namespace facelt::FACELT_CUDA_NAMESPACE

@@ -1,0 +1,36 @@
+// The three backends have the same functions, so that Python chooses one by name.
+#pragma once
+
+#include <cstdint>
+
+#include "tensor_view.h"
+
+namespace facelt {
+
+// Where a call runs: a CUDA stream's handle, or the number of CPU threads.
+struct Execution {
+  std::uintptr_t stream_or_threads;
+};
+
+struct RangeLossOptions {
+  double margin;
+  double alpha;
+  double beta;
+  bool squared;
+};
+
+namespace cpu {
+#include "launchers.inc"
+}
+#if defined(FACELT_WITH_CUDA)
+namespace cuda {
+#include "launchers.inc"
+}
+#endif
+#if defined(FACELT_WITH_EMULATION)
+namespace emulated {
+#include "launchers.inc"
+}
+#endif
+
+}  // namespace facelt

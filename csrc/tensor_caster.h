@@ -1,0 +1,107 @@
+// Reads a torch.Tensor through its Python attributes, so that no torch header and no torch library is
+// needed: the module that results works with any torch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "tensor_view.h"
+
+namespace facelt {
+
+namespace py = pybind11;
+
+// Looked up once; never freed, since the interpreter may be gone when statics are.
+struct TorchNames {
+  PyObject* tensor_type;
+  PyObject* dtypes[6];
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* shape = PyUnicode_InternFromString("shape");
+  PyObject* stride = PyUnicode_InternFromString("stride");
+  PyObject* get_device = PyUnicode_InternFromString("get_device");
+  PyObject* is_cuda = PyUnicode_InternFromString("is_cuda");
+  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+
+  TorchNames() {
+    const py::module_ torch = py::module_::import("torch");
+    tensor_type = py::object(torch.attr("Tensor")).release().ptr();
+    for (int i = 0; i < 6; ++i) {
+      dtypes[i] = py::object(torch.attr(name_of(static_cast<ScalarType>(i)))).release().ptr();
+    }
+  }
+
+  static const TorchNames& get() {
+    static const TorchNames* const kNames = new TorchNames;
+    return *kNames;
+  }
+};
+
+inline py::object call_method(PyObject* object, PyObject* name) {
+  PyObject* const result = PyObject_CallMethodNoArgs(object, name);
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+inline py::object attribute(PyObject* object, PyObject* name) {
+  PyObject* const result = PyObject_GetAttr(object, name);
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+inline void read_integers(PyObject* tuple, std::array<std::int64_t, TensorView::kMaxRank>& out) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) {
+    out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+}
+
+inline ScalarType scalar_type(PyObject* dtype) {
+  const TorchNames& names = TorchNames::get();
+  for (int i = 0; i < 6; ++i) {
+    if (dtype == names.dtypes[i]) return static_cast<ScalarType>(i);
+  }
+  throw py::type_error("no kernel takes tensors of dtype " + std::string(py::str(dtype)));
+}
+
+inline TensorView view_of(PyObject* tensor) {
+  const TorchNames& names = TorchNames::get();
+  if (!PyType_IsSubtype(Py_TYPE(tensor), reinterpret_cast<PyTypeObject*>(names.tensor_type))) {
+    throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(tensor)->tp_name);
+  }
+  TensorView view;
+  view.dtype = scalar_type(attribute(tensor, names.dtype).ptr());
+  const py::object shape = attribute(tensor, names.shape);
+  view.rank = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
+  if (view.rank > TensorView::kMaxRank) {
+    throw py::value_error("no kernel takes tensors of " + std::to_string(view.rank) +
+                          " dimensions");
+  }
+  read_integers(shape.ptr(), view.shape);
+  read_integers(call_method(tensor, names.stride).ptr(), view.strides);
+  if (attribute(tensor, names.is_cpu).ptr() == Py_True) {
+    view.device = kCpuDevice;
+  } else if (attribute(tensor, names.is_cuda).ptr() == Py_True) {
+    view.device = static_cast<int>(PyLong_AsLong(call_method(tensor, names.get_device).ptr()));
+  } else {
+    throw py::value_error("kernels take tensors on cpu and cuda devices only");
+  }
+  view.data = PyLong_AsVoidPtr(call_method(tensor, names.data_ptr).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return view;
+}
+
+}  // namespace facelt
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<facelt::TensorView> {
+  PYBIND11_TYPE_CASTER(facelt::TensorView, const_name("torch.Tensor"));
+
+  bool load(handle source, bool) {
+    value = facelt::view_of(source.ptr());
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

@@ -1,0 +1,54 @@
+"""Checks of arguments: they name the argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_matrix(value: Tensor, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: expected dtype float64, float32, bfloat16 or float16, got {value.dtype}"
+        )
+    if value.ndim != 2 or value.shape[1] < 1:
+        raise ValueError(f"{name}: expected shape [rows, dimensions >= 1], got {list(value.shape)}")
+
+
+def checked_integers(value: Tensor, name: str, like: Tensor, like_name: str) -> Tensor:
+    """`value` as int64, one for each row of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in INTEGER:
+        raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
+    if value.ndim != 1 or value.shape[0] != like.shape[0]:
+        raise ValueError(
+            f"{name}: expected shape [{like.shape[0]}], one for each row of {like_name}, "
+            f"got {list(value.shape)}"
+        )
+    if value.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device}, where {like_name} is, got {value.device}"
+        )
+    return value.to(torch.int64)
+
+
+def check_count(value: int, name: str, minimum: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def check_number(value: float, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")

@@ -1,0 +1,84 @@
+"""The native module, and the choice of its backend for a tensor."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+try:
+    from facelt_ext import _C
+except ImportError as error:
+    _C = None
+    _missing = str(error)
+    warnings.warn(
+        f"facelt_ext works without its native module, slowly, in plain PyTorch: {error}. "
+        "`pip install --force-reinstall --no-deps facelt_ext` builds it.",
+        stacklevel=2,
+    )
+
+REBUILD = "FACELT_CUDA=on pip install --force-reinstall --no-deps --no-cache-dir facelt_ext"
+
+
+def available() -> bool:
+    return _C is not None
+
+
+def build_info() -> dict[str, object]:
+    """What the native module was built with.
+
+    Returns a dict: `version`, `backends` (a list out of "cpu", "cuda", "emulated"), `compiler`,
+    `cuda_version` and `cuda_archs` (None without CUDA kernels), `cuda_missing` (why there are none,
+    else None), `native_missing` (why the native module could not be imported, else None).
+    """
+    if _C is not None:
+        return {**_C.build_info(), "native_missing": None}
+    nothing = dict.fromkeys(("compiler", "cuda_version", "cuda_archs", "cuda_missing"))
+    version = importlib.metadata.version("facelt_ext")
+    return {"version": version, "backends": [], **nothing, "native_missing": _missing}
+
+
+def run(backend: str, like: Tensor, function: str, *args: object) -> None:
+    """Calls a native function where `like` lies: on its device's current stream, or on CPU threads."""
+    if like.is_cuda:
+        with torch.cuda.device(like.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            getattr(_kernels(backend, "cuda"), function)(*args, stream)
+    else:
+        getattr(_kernels(backend, like.device.type), function)(*args, torch.get_num_threads())
+
+
+def workspace(backend: str, like: Tensor, function: str, *args: int) -> Tensor:
+    """Uninitialised memory of the size that the native function asks for."""
+    size = getattr(_kernels(backend, like.device.type), function + "_workspace")(*args)
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
+@functools.cache
+def _kernels(backend: str, device_type: str) -> ModuleType:
+    if _C is None:
+        raise RuntimeError(f"backend {backend!r}: the native module cannot be imported: {_missing}")
+    if backend == "emulated":
+        if device_type != "cpu":
+            raise RuntimeError(f"backend 'emulated': wants tensors on cpu, got {device_type}")
+        if not hasattr(_C, "emulated"):
+            raise RuntimeError("backend 'emulated': build with FACELT_EMULATION=on to have it")
+        return _C.emulated
+    if device_type == "cpu":
+        return _C.cpu
+    if device_type != "cuda":
+        raise RuntimeError(
+            f"no native kernels for {device_type} tensors: "
+            "facelt_ext.use_backend('reference') takes any device"
+        )
+    if not hasattr(_C, "cuda"):
+        raise RuntimeError(
+            f"this build of facelt_ext has no CUDA kernels: {_C.build_info()['cuda_missing']}. "
+            f"`{REBUILD}` builds them."
+        )
+    _C.cuda.require_driver()
+    return _C.cuda

@@ -1,0 +1,7 @@
+"""The losses and their parts as functions; see each one's docstring for the paper and equation."""
+
+from facelt_ext.functional.centroids import class_centroids, min_centroid_distance
+from facelt_ext.functional.range_loss import range_loss
+from facelt_ext.functional.ranges import class_ranges
+
+__all__ = ["class_centroids", "class_ranges", "min_centroid_distance", "range_loss"]

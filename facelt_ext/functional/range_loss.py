@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from facelt_ext import _backend, _native, reference
+from facelt_ext._checks import check_count, check_matrix, check_number, checked_integers
+from facelt_ext._operators import operator
+from facelt_ext.functional._second_order import gradient_through_reference
+from facelt_ext.types import compute_dtype
+
+
+def range_loss(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    k: int = 2,
+    margin: float = 2e4,
+    alpha: float = 1e-5,
+    beta: float = 1e-4,
+    squared: bool = True,
+) -> Tensor:
+    """Range Loss for long-tailed data (Zhang et al., arXiv:1611.08976, eqs. 1-7).
+
+    `alpha * sum over classes of the harmonic mean of the class's k largest ranges
+    + beta * max(margin - smallest distance of two class centroids, 0)`, over one batch. To be added
+    to a classification loss; the paper's weights are for unnormalised features.
+
+    Classes with one sample have no intra term, classes with fewer than k pairs take those they
+    have, a range of 0 makes its class's term 0 with gradient 0, and with fewer than two classes
+    there is no inter term. An empty batch gives 0. Features that are not finite give NaN.
+
+    Args:
+        features: [B, D], float64, float32, bfloat16 or float16.
+        labels: [B], any integers.
+        k: ranges per class, at least 1.
+        margin: of the inter term, in the units of the distance (squared, if `squared`).
+        alpha: weight of the intra term.
+        beta: weight of the inter term.
+        squared: squared Euclidean distances, as in the paper; otherwise the distances.
+
+    Returns:
+        The loss, []: float64 for float64 features, float32 otherwise. It never synchronises with the
+        host.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+    """
+    check_matrix(features, "features")
+    labels = checked_integers(labels, "labels", features, "features")
+    check_count(k, "k")
+    check_number(margin, "margin")
+    check_number(alpha, "alpha")
+    check_number(beta, "beta")
+    backend = _backend.current()
+    # No class has more pairs than the batch; larger numbers would only cost memory.
+    k = max(1, min(k, features.shape[0] * (features.shape[0] - 1) // 2))
+    if backend == "reference":
+        return reference.range_loss(
+            features, labels, k=k, margin=margin, alpha=alpha, beta=beta, squared=squared
+        )
+    return RangeLossFunction.apply(
+        features, labels, k, float(margin), float(alpha), float(beta), bool(squared), backend
+    )
+
+
+class RangeLossFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, labels, k, margin, alpha, beta, squared, backend):
+        loss, *saved = torch.ops.facelt_ext.range_loss_forward(
+            features, labels, k, margin, alpha, beta, squared, backend
+        )
+        ctx.save_for_backward(features, labels, *saved)
+        ctx.options = {
+            "k": k, "margin": margin, "alpha": alpha, "beta": beta, "squared": squared,
+        }  # fmt: skip
+        ctx.backend = backend
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        features, labels, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def again(x: Tensor) -> Tensor:
+                return reference.range_loss(x, labels, **ctx.options)
+
+            grad = gradient_through_reference(again, features, grad_loss)
+        else:
+            grad = torch.ops.facelt_ext.range_loss_backward(
+                grad_loss, features, *saved, ctx.backend
+            )
+        return grad, None, None, None, None, None, None, None
+
+
+def _forward_fake(features, labels, k, margin, alpha, beta, squared, backend):
+    batch, dimensions = features.shape
+    dtype = compute_dtype(features.dtype)
+    return (
+        features.new_empty((), dtype=dtype),
+        labels.new_empty(batch),
+        labels.new_empty(batch + 1),
+        labels.new_empty(batch, k, 2),
+        features.new_empty(batch, k, dtype=dtype),
+        labels.new_empty(2),
+        features.new_empty(dimensions + 1, dtype=dtype),
+    )
+
+
+@operator(
+    "range_loss_forward(Tensor features, Tensor labels, SymInt k, float margin, float alpha,"
+    " float beta, bool squared, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+def _forward(features, labels, k, margin, alpha, beta, squared, backend):
+    features, labels = features.contiguous(), labels.contiguous()
+    outputs = _forward_fake(features, labels, k, margin, alpha, beta, squared, backend)
+    workspace = _native.workspace(
+        backend, features, "range_loss", *features.shape, k, outputs[0].element_size()
+    )
+    options = (margin, alpha, beta, squared)
+    _native.run(
+        backend, features, "range_loss_forward", features, labels, options, *outputs, workspace
+    )
+    return outputs
+
+
+def _backward_fake(
+    grad_loss, features, segment, offsets, pairs, pair_scale, center_pair, center_gradient, backend
+):
+    return torch.empty_like(features, memory_format=torch.contiguous_format)
+
+
+@operator(
+    "range_loss_backward(Tensor grad_loss, Tensor features, Tensor segment, Tensor offsets,"
+    " Tensor pairs, Tensor pair_scale, Tensor center_pair, Tensor center_gradient, str backend)"
+    " -> Tensor",
+    _backward_fake,
+)
+def _backward(
+    grad_loss, features, segment, offsets, pairs, pair_scale, center_pair, center_gradient, backend
+):
+    features = features.contiguous()
+    grad_features = torch.empty_like(features)
+    _native.run(
+        backend, features, "range_loss_backward", grad_loss, features, segment, offsets, pairs,
+        pair_scale, center_pair, center_gradient, grad_features,
+    )  # fmt: skip
+    return grad_features
