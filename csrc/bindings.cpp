@@ -21,21 +21,21 @@ namespace {
 #define FACELT_BIND(m, backend, name) \
   m.def(#name, facelt::backend::name, py::call_guard<py::gil_scoped_release>())
 
-#define FACELT_BIND_BACKEND(m, backend) \
-  do { \
-    FACELT_BIND(m, backend, group_labels); \
-    FACELT_BIND(m, backend, class_ranges_forward); \
-    FACELT_BIND(m, backend, class_ranges_backward); \
-    FACELT_BIND(m, backend, class_centroids_forward); \
-    FACELT_BIND(m, backend, class_centroids_backward); \
-    FACELT_BIND(m, backend, min_centroid_distance_forward); \
-    FACELT_BIND(m, backend, min_centroid_distance_backward); \
-    FACELT_BIND(m, backend, range_loss_forward); \
-    FACELT_BIND(m, backend, range_loss_backward); \
-    FACELT_BIND(m, backend, group_labels_workspace); \
-    FACELT_BIND(m, backend, class_ranges_workspace); \
+#define FACELT_BIND_BACKEND(m, backend)                       \
+  do {                                                        \
+    FACELT_BIND(m, backend, group_labels);                    \
+    FACELT_BIND(m, backend, class_ranges_forward);            \
+    FACELT_BIND(m, backend, class_ranges_backward);           \
+    FACELT_BIND(m, backend, class_centroids_forward);         \
+    FACELT_BIND(m, backend, class_centroids_backward);        \
+    FACELT_BIND(m, backend, min_centroid_distance_forward);   \
+    FACELT_BIND(m, backend, min_centroid_distance_backward);  \
+    FACELT_BIND(m, backend, range_loss_forward);              \
+    FACELT_BIND(m, backend, range_loss_backward);             \
+    FACELT_BIND(m, backend, group_labels_workspace);          \
+    FACELT_BIND(m, backend, class_ranges_workspace);          \
     FACELT_BIND(m, backend, min_centroid_distance_workspace); \
-    FACELT_BIND(m, backend, range_loss_workspace); \
+    FACELT_BIND(m, backend, range_loss_workspace);            \
   } while (false)
 
 std::string compiler() {
@@ -86,15 +86,15 @@ struct type_caster<Execution> {
   }
 };
 
-// (margin, alpha, beta, squared)
+// (k, margin, alpha, beta, squared)
 template <>
 struct type_caster<RangeLossOptions> {
-  PYBIND11_TYPE_CASTER(RangeLossOptions, const_name("tuple[float, float, float, bool]"));
+  PYBIND11_TYPE_CASTER(RangeLossOptions, const_name("tuple[int, float, float, float, bool]"));
 
   bool load(handle source, bool) {
-    const auto [margin, alpha, beta, squared] =
-        py::cast<std::tuple<double, double, double, bool>>(source);
-    value = {margin, alpha, beta, squared};
+    const auto [k, margin, alpha, beta, squared] =
+        py::cast<std::tuple<std::int64_t, double, double, double, bool>>(source);
+    value = {k, margin, alpha, beta, squared};
     return true;
   }
 };

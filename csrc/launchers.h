@@ -13,6 +13,7 @@ struct Execution {
 };
 
 struct RangeLossOptions {
+  std::int64_t k;
   double margin;
   double alpha;
   double beta;

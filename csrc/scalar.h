@@ -40,7 +40,8 @@ FACELT_HOST_DEVICE std::uint32_t bits_of_float(float value) {
 
 }  // namespace detail
 
-// Template arguments in the kernels: T is how a number is stored, Compute<T> how it is reckoned with.
+// Template arguments in the kernels: T is how a number is stored, Compute<T> how it is reckoned
+// with.
 template <class T>
 struct Scalar;
 
@@ -119,7 +120,8 @@ FACELT_HOST_DEVICE Float16 narrow<Float16>(float value) {
   if (magnitude < 0x38800000u) {
     // Adding 0.5 puts a subnormal half's last bit where float addition rounds to even.
     const float aligned = detail::float_of_bits(magnitude) + 0.5f;
-    return Float16{static_cast<std::uint16_t>(sign | (detail::bits_of_float(aligned) - 0x3f000000u))};
+    return Float16{
+        static_cast<std::uint16_t>(sign | (detail::bits_of_float(aligned) - 0x3f000000u))};
   }
   const std::uint32_t rebased = magnitude - 0x38000000u;
   return Float16{

@@ -1,5 +1,5 @@
-// How the families choose pairs, the same on host and device. The order is total, so the result does
-// not depend on how the work was split.
+// How the families choose pairs, the same on host and device. The order is total, so the result
+// does not depend on how the work was split.
 #pragma once
 
 #include <cmath>
@@ -27,7 +27,8 @@ FACELT_HOST_DEVICE bool is_larger(const Candidate<A>& x, const Candidate<A>& y) 
   return x.pair < y.pair;
 }
 
-// Smaller distance first, ties to the first pair; "no pair" comes last. NaN is the caller's to find.
+// Smaller distance first, ties to the first pair; "no pair" comes last. NaN is the caller's to
+// find.
 template <class A>
 FACELT_HOST_DEVICE bool is_smaller(const Candidate<A>& x, const Candidate<A>& y) {
   if (x.pair == kNoPair || y.pair == kNoPair) return x.pair != kNoPair && y.pair == kNoPair;

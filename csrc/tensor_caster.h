@@ -1,5 +1,5 @@
-// Reads a torch.Tensor through its Python attributes, so that no torch header and no torch library is
-// needed: the module that results works with any torch.
+// Reads a torch.Tensor through its Python attributes, so that no torch header and no torch library
+// is needed: the module that results works with any torch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -87,6 +87,7 @@ inline TensorView view_of(PyObject* tensor) {
   }
   view.data = PyLong_AsVoidPtr(call_method(tensor, names.data_ptr).ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
+  if (!view.data && view.numel() > 0) throw py::value_error("the tensor has no memory");
   return view;
 }
 

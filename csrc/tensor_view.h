@@ -1,4 +1,5 @@
-// What a native function receives of a tensor: where it lies and how it is laid out. It owns nothing.
+// What a native function receives of a tensor: where it lies and how it is laid out. It owns
+// nothing.
 #pragma once
 
 #include <array>
@@ -36,6 +37,7 @@ struct TensorView {
   }
 
   bool is_contiguous() const {
+    if (numel() == 0) return true;
     std::int64_t expected = 1;
     for (int i = rank - 1; i >= 0; --i) {
       if (shape[i] != 1 && strides[i] != expected) return false;
@@ -53,7 +55,8 @@ struct TensorView {
 };
 
 // The pointer of a contiguous view whose dtype and number of elements were agreed on by the caller.
-// Everything that reaches the kernels passes here, so a mistake in Python cannot read out of bounds.
+// Everything that reaches the kernels passes here, so a mistake in Python cannot read out of
+// bounds.
 template <class T>
 T* pointer(const TensorView& view, const char* name, ScalarType dtype, std::int64_t numel,
            int device) {

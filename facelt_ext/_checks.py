@@ -50,5 +50,6 @@ def check_count(value: int, name: str, minimum: int = 1) -> None:
 def check_number(value: float, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # torch.compile traces comparisons of symbolic floats, but not math.isfinite.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")

@@ -43,7 +43,7 @@ def build_info() -> dict[str, object]:
 
 
 def run(backend: str, like: Tensor, function: str, *args: object) -> None:
-    """Calls a native function where `like` lies: on its device's current stream, or on CPU threads."""
+    """Calls a native function where `like` lies: on its current CUDA stream, or on CPU threads."""
     if like.is_cuda:
         with torch.cuda.device(like.device):
             stream = torch.cuda.current_stream().cuda_stream

@@ -40,7 +40,8 @@ inline void advise_huge_pages(const TensorView& view, std::size_t element_size) 
   const std::size_t bytes = static_cast<std::size_t>(view.numel()) * element_size;
   if (bytes < kWorthwhile) return;
   const std::uintptr_t page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(view.data) + page - 1) & ~(page - 1);
+  const std::uintptr_t begin =
+      (reinterpret_cast<std::uintptr_t>(view.data) + page - 1) & ~(page - 1);
   const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(view.data) + bytes) & ~(page - 1);
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else

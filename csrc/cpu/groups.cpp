@@ -28,10 +28,9 @@ void group_labels(const TensorView& labels, const TensorView& order, const Tenso
                   const TensorView& offsets, const TensorView& num_classes, const TensorView&,
                   Execution) {
   const std::int64_t batch = labels.numel();
-  const std::int64_t classes =
-      group_labels(index_pointer(labels, "labels", batch), batch, index_output(order, "order", batch),
-                   index_output(segment, "segment", batch),
-                   index_output(offsets, "offsets", batch + 1));
+  const std::int64_t classes = group_labels(
+      index_pointer(labels, "labels", batch), batch, index_output(order, "order", batch),
+      index_output(segment, "segment", batch), index_output(offsets, "offsets", batch + 1));
   *index_output(num_classes, "num_classes", 1) = classes;
 }
 

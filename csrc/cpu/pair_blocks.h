@@ -15,9 +15,9 @@ inline std::int64_t number_of_blocks(std::int64_t rows) {
   return (rows + kBlockRows - 1) / kBlockRows;
 }
 
-// Up to kBlockRows rows of x, `order` giving the row at each position; half types are widened into a
-// buffer. The last pointer is repeated up to a multiple of the tile, so that a tile always has its
-// rows.
+// Up to kBlockRows rows of x, `order` giving the row at each position; half types are widened into
+// a buffer. The last pointer is repeated up to a multiple of the tile, so that a tile always has
+// its rows.
 template <class T>
 class RowBlock {
  public:

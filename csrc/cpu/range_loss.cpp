@@ -1,3 +1,4 @@
+#include "../range_loss_state.h"
 #include "centroids.h"
 #include "groups.h"
 #include "ranges.h"
@@ -6,24 +7,13 @@ namespace facelt::cpu {
 
 namespace {
 
-template <class T>
-struct RangeLossOutputs {
-  using A = Compute<T>;
-  A* loss;
-  std::int64_t* segment;
-  std::int64_t* offsets;
-  std::int64_t* pairs;
-  A* pair_scale;
-  std::int64_t* center_pair;
-  A* center_gradient;
-};
-
 // The intra term's sum of harmonic means; what each selected pair passes back goes into pair_scale.
 template <class T>
 Compute<T> reduce_ranges(const RangeTasks<T>& tasks, const std::vector<std::int64_t>& order,
-                         std::int64_t classes, std::int64_t k, const RangeLossOptions& options,
-                         const RangeLossOutputs<T>& out) {
+                         std::int64_t classes, const RangeLossOptions& options,
+                         const RangeLossState<Compute<T>>& out) {
   using A = Compute<T>;
+  const std::int64_t k = options.k;
   const std::int64_t batch = static_cast<std::int64_t>(order.size());
   std::vector<A> ranges(k);
   A sum = 0;
@@ -40,14 +30,13 @@ Compute<T> reduce_ranges(const RangeTasks<T>& tasks, const std::vector<std::int6
 }
 
 template <class T>
-void forward(const T* features, const std::int64_t* labels, std::int64_t batch,
-             std::int64_t dimensions, std::int64_t k, const RangeLossOptions& options,
-             const RangeLossOutputs<T>& out, int num_threads) {
+Compute<T> forward(const T* features, const std::int64_t* labels, std::int64_t batch,
+                   std::int64_t dimensions, const RangeLossOptions& options,
+                   const RangeLossState<Compute<T>>& out, int num_threads) {
   using A = Compute<T>;
   std::vector<std::int64_t> order(batch);
-  const std::int64_t classes =
-      group_labels(labels, batch, order.data(), out.segment, out.offsets);
-  RangeTasks<T> tasks(features, dimensions, order.data(), out.offsets, batch, classes, k);
+  const std::int64_t classes = group_labels(labels, batch, order.data(), out.segment, out.offsets);
+  RangeTasks<T> tasks(features, dimensions, order.data(), out.offsets, batch, classes, options.k);
   std::vector<A> centroids(classes * dimensions);
   std::vector<std::int64_t> live(classes);
   for (std::int64_t s = 0; s < classes; ++s) live[s] = s;
@@ -70,14 +59,13 @@ void forward(const T* features, const std::int64_t* labels, std::int64_t batch,
     }
   }
   failure.rethrow();
-  const A intra = reduce_ranges(tasks, order, classes, k, options, out);
+  const A intra = reduce_ranges(tasks, order, classes, options, out);
   const auto nearest = search.result();
   const A distance =
       options.squared ? nearest.squared_distance : square_root(nearest.squared_distance);
   const InterTerm<A> inter = inter_term(distance, static_cast<A>(options.margin),
                                         static_cast<A>(options.beta), options.squared);
   const A loss = static_cast<A>(options.alpha) * intra + inter.value;
-  *out.loss = loss;
   out.center_pair[0] = nearest.q;
   out.center_pair[1] = nearest.r;
   std::fill(out.center_gradient, out.center_gradient + dimensions, A(0));
@@ -86,32 +74,25 @@ void forward(const T* features, const std::int64_t* labels, std::int64_t batch,
                                            centroids.data() + nearest.r * dimensions, inter.scale,
                                            out.center_gradient, dimensions);
   }
-  out.center_gradient[dimensions] = loss == loss ? A(0) : loss;
+  *out.poison = loss == loss ? A(0) : loss;
+  return loss;
 }
 
 }  // namespace
 
 void range_loss_forward(const TensorView& features, const TensorView& labels,
                         const RangeLossOptions& options, const TensorView& loss,
-                        const TensorView& segment, const TensorView& offsets,
-                        const TensorView& pairs, const TensorView& pair_scale,
-                        const TensorView& center_pair, const TensorView& center_gradient,
+                        const TensorView& state_index, const TensorView& state_value,
                         const TensorView&, Execution execution) {
   const std::int64_t batch = features.size(0), dimensions = features.size(1);
-  const std::int64_t k = pair_scale.size(1);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using T = decltype(zero);
     using A = Compute<T>;
-    const RangeLossOutputs<T> out{output<A>(loss, "loss", 1),
-                                  index_output(segment, "segment", batch),
-                                  index_output(offsets, "offsets", batch + 1),
-                                  index_output(pairs, "pairs", batch * k * 2),
-                                  output<A>(pair_scale, "pair_scale", batch * k),
-                                  index_output(center_pair, "center_pair", 2),
-                                  output<A>(center_gradient, "center_gradient", dimensions + 1)};
-    forward(input<T>(features, "features", batch * dimensions),
-            index_pointer(labels, "labels", batch), batch, dimensions, k, options, out,
-            threads(execution));
+    *output<A>(loss, "loss", 1) = forward(
+        input<T>(features, "features", batch * dimensions), index_pointer(labels, "labels", batch),
+        batch, dimensions, options,
+        range_loss_state<A>(state_index, state_value, batch, dimensions, options.k, kCpuDevice),
+        threads(execution));
   });
 }
 
@@ -119,36 +100,31 @@ std::int64_t range_loss_workspace(std::int64_t, std::int64_t, std::int64_t, std:
   return 0;
 }
 
-void range_loss_backward(const TensorView& grad_loss, const TensorView& features,
-                         const TensorView& segment, const TensorView& offsets,
-                         const TensorView& pairs, const TensorView& pair_scale,
-                         const TensorView& center_pair, const TensorView& center_gradient,
+void range_loss_backward(const TensorView& grad_loss, const TensorView& features, std::int64_t k,
+                         const TensorView& state_index, const TensorView& state_value,
                          const TensorView& grad_features, Execution execution) {
   const std::int64_t batch = features.size(0), dimensions = features.size(1);
-  const std::int64_t k = pair_scale.size(1);
-  const std::int64_t* classes = index_pointer(segment, "segment", batch);
-  const std::int64_t* starts = index_pointer(offsets, "offsets", batch + 1);
-  const std::int64_t* center = index_pointer(center_pair, "center_pair", 2);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using T = decltype(zero);
     using A = Compute<T>;
-    const A* direction = input<A>(center_gradient, "center_gradient", dimensions + 1);
+    const RangeLossState<A> state =
+        range_loss_state<A>(state_index, state_value, batch, dimensions, k, kCpuDevice);
     const A grad = *input<A>(grad_loss, "grad_loss", 1);
-    const A start = direction[dimensions];
+    const A poison = *state.poison;
     const RowKernels<A>& kernels = row_kernels<A>();
     advise_huge_pages(grad_features, sizeof(T));
     const auto begin_row = [&](std::int64_t i, A* row) {
-      const std::int64_t s = classes[i];
-      if (start == A(0) && (s == center[0] || s == center[1])) {
-        const A share = grad / static_cast<A>(starts[s + 1] - starts[s]);
-        kernels.scale(direction, s == center[0] ? share : -share, row, dimensions);
+      const std::int64_t s = state.segment[i];
+      const bool first = s == state.center_pair[0], second = s == state.center_pair[1];
+      if (poison == A(0) && (first || second)) {
+        const A share = grad / static_cast<A>(state.offsets[s + 1] - state.offsets[s]);
+        kernels.scale(state.center_gradient, first ? share : -share, row, dimensions);
       } else {
-        std::fill(row, row + dimensions, start);
+        std::fill(row, row + dimensions, poison);
       }
     };
     write_pair_gradients(input<T>(features, "features", batch * dimensions), batch, dimensions,
-                         classes, index_pointer(pairs, "pairs", batch * k * 2),
-                         input<A>(pair_scale, "pair_scale", batch * k), batch, k, grad,
+                         state.segment, state.pairs, state.pair_scale, batch, k, grad,
                          output<T>(grad_features, "grad_features", batch * dimensions),
                          threads(execution), begin_row);
   });

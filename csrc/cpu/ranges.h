@@ -95,9 +95,7 @@ void write_ranges(const std::vector<Candidate<A>>& largest, const std::int64_t* 
   const std::int64_t number = static_cast<std::int64_t>(largest.size());
   for (std::int64_t j = 0; j < k; ++j) {
     const bool selected = j < number;
-    ranges[j] = !selected ? A(0)
-                : squared ? largest[j].distance
-                          : square_root(largest[j].distance);
+    ranges[j] = !selected ? A(0) : squared ? largest[j].distance : square_root(largest[j].distance);
     pairs[2 * j] = selected ? order[largest[j].pair / batch] : kNoPair;
     pairs[2 * j + 1] = selected ? order[largest[j].pair % batch] : kNoPair;
   }

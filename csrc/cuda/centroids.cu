@@ -53,9 +53,8 @@ __global__ void center_tiles_kernel(CenterTiles<A> t) {
   Candidate<A> best{A(0), kNoPair};
   if (blockIdx.y == 0 && i < rows && !tile_is_finite(t, i, rows)) best.pair = kNotFinite;
   for (std::int64_t j = i + blockIdx.y * kTile; j < rows; j += kColumnBlocks * kTile) {
-    const A* distances =
-        distance_tile(t.centroids, t.dimensions, static_cast<const std::int64_t*>(nullptr), rows, i,
-                      j);
+    const A* distances = distance_tile(t.centroids, t.dimensions,
+                                       static_cast<const std::int64_t*>(nullptr), rows, i, j);
     for (int e = threadIdx.x; e < kTile * kTile; e += kTileThreads) {
       const std::int64_t a = i + e / kTile, b = j + e % kTile;
       if (a >= b || b >= rows || t.counts[a] == 0 || t.counts[b] == 0) continue;

@@ -51,7 +51,8 @@ FACELT_HOST_DEVICE bool is_nearer(const Candidate<A>& x, const Candidate<A>& y) 
   return is_smaller(x, y);
 }
 
-// The nearest of one candidate a thread, in thread 0; the work of a block of at most kReduceThreads.
+// The nearest of one candidate a thread, in thread 0; the work of a block of at most
+// kReduceThreads.
 template <class A>
 __device__ Candidate<A> block_nearest(Candidate<A> value) {
   FACELT_SHARED(Candidate<A>, nearest, kReduceThreads / kWarp);

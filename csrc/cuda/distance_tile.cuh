@@ -33,9 +33,10 @@ __device__ __forceinline__ void load_rows(const T* x, std::int64_t dimensions,
   }
 }
 
-// The squared distances of rows [i, i + kTile) against [j, j + kTile), in shared memory [kTile][kTile],
-// by a block of kTileThreads. `order` gives the row at each position; null for the rows as they lie.
-// The caller places a barrier between its last use of the result and the next call.
+// The squared distances of rows [i, i + kTile) against [j, j + kTile), in shared memory
+// [kTile][kTile], by a block of kTileThreads. `order` gives the row at each position; null for the
+// rows as they lie. The caller places a barrier between its last use of the result and the next
+// call.
 template <class T>
 __device__ Compute<T>* distance_tile(const T* x, std::int64_t dimensions, const std::int64_t* order,
                                      std::int64_t rows, std::int64_t i, std::int64_t j) {

@@ -44,13 +44,12 @@ void group_labels(const TensorView& labels, const TensorView& order, const Tenso
   constexpr ScalarType kIndex = ScalarType::kInt64;
   Arena arena(workspace_pointer(workspace, group_labels_workspace(batch), device));
   std::int64_t* starts = arena.take<std::int64_t>(batch);
-  const Numbering numbering{
-      pointer<std::int64_t>(order, "order", kIndex, batch, device),
-      starts,
-      batch,
-      pointer<std::int64_t>(segment, "segment", kIndex, batch, device),
-      pointer<std::int64_t>(offsets, "offsets", kIndex, batch + 1, device),
-      pointer<std::int64_t>(num_classes, "num_classes", kIndex, 1, device)};
+  const Numbering numbering{pointer<std::int64_t>(order, "order", kIndex, batch, device),
+                            starts,
+                            batch,
+                            pointer<std::int64_t>(segment, "segment", kIndex, batch, device),
+                            pointer<std::int64_t>(offsets, "offsets", kIndex, batch + 1, device),
+                            pointer<std::int64_t>(num_classes, "num_classes", kIndex, 1, device)};
   launch_rank_labels(pointer<const std::int64_t>(labels, "labels", kIndex, batch, device), batch,
                      pointer<std::int64_t>(order, "order", kIndex, batch, device), starts, nullptr,
                      stream_of(execution));

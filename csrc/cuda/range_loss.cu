@@ -1,3 +1,4 @@
+#include "../range_loss_state.h"
 #include "centroids.cuh"
 #include "ranges.cuh"
 
@@ -31,22 +32,18 @@ struct RangeLossWorkspace {
         ranges(arena.take<A>(batch * k)),
         class_loss(arena.take<A>(batch)),
         candidates(arena, batch, k),
-        center_tiles(make_center_tiles<A>(centroids, counts, num_classes, batch, dimensions, arena)) {
-  }
+        center_tiles(
+            make_center_tiles<A>(centroids, counts, num_classes, batch, dimensions, arena)) {}
 };
 
 template <class A>
 struct Finish {
   RangeLossWorkspace<A> workspace;
-  const std::int64_t* offsets;
+  RangeLossState<A> state;
   std::int64_t batch, dimensions, k;
   A margin, alpha, beta;
   bool squared;
   A* loss;
-  std::int64_t* pairs;
-  A* pair_scale;
-  std::int64_t* center_pair;
-  A* center_gradient;
 };
 
 // True in the block that comes last; what the others wrote before is then visible to it.
@@ -80,10 +77,10 @@ template <class A>
 __device__ void finish_class(const Finish<A>& f, std::int64_t s) {
   const RangeLossWorkspace<A>& w = f.workspace;
   A* ranges = w.ranges + s * f.k;
-  A* pair_scale = f.pair_scale + s * f.k;
+  A* pair_scale = f.state.pair_scale + s * f.k;
   const std::int64_t number =
-      merge_class(w.candidates, f.offsets[s], f.offsets[s + 1], w.order, f.batch, f.k, f.squared,
-                  ranges, f.pairs + s * f.k * 2);
+      merge_class(w.candidates, f.state.offsets[s], f.state.offsets[s + 1], w.order, f.batch, f.k,
+                  f.squared, ranges, f.state.pairs + s * f.k * 2);
   if (threadIdx.x % kWarp != 0) return;
   w.class_loss[s] = harmonic_mean(ranges, number, f.squared, f.alpha, pair_scale);
   for (std::int64_t j = number; j < f.k; ++j) pair_scale[j] = A(0);
@@ -94,8 +91,8 @@ template <class A>
 __global__ void finish_kernel(Finish<A> f) {
   FACELT_SHARED(NearestPair<A>, shared_nearest, 1);
   const RangeLossWorkspace<A>& w = f.workspace;
-  const std::int64_t s = static_cast<std::int64_t>(blockIdx.x) * (kFinishThreads / kWarp) +
-                         threadIdx.x / kWarp;
+  const std::int64_t s =
+      static_cast<std::int64_t>(blockIdx.x) * (kFinishThreads / kWarp) + threadIdx.x / kWarp;
   if (s < f.batch) finish_class(f, s);
   if (!is_last_block(w.ticket)) return;
 
@@ -108,16 +105,17 @@ __global__ void finish_kernel(Finish<A> f) {
   const A distance = f.squared ? squared_distance : square_root(squared_distance);
   const InterTerm<A> inter = inter_term(distance, f.margin, f.beta, f.squared);
   for (std::int64_t d = threadIdx.x; d < f.dimensions; d += kFinishThreads) {
-    f.center_gradient[d] = q == kNoPair ? A(0)
-                                        : inter.scale * (w.centroids[q * f.dimensions + d] -
-                                                         w.centroids[r * f.dimensions + d]);
+    f.state.center_gradient[d] =
+        q == kNoPair
+            ? A(0)
+            : inter.scale * (w.centroids[q * f.dimensions + d] - w.centroids[r * f.dimensions + d]);
   }
   if (threadIdx.x == 0) {
     const A loss = f.alpha * intra + inter.value;
     *f.loss = loss;
-    f.center_pair[0] = q;
-    f.center_pair[1] = r;
-    f.center_gradient[f.dimensions] = loss == loss ? A(0) : loss;
+    f.state.center_pair[0] = q;
+    f.state.center_pair[1] = r;
+    *f.state.poison = loss == loss ? A(0) : loss;
   }
 }
 
@@ -125,31 +123,27 @@ __global__ void finish_kernel(Finish<A> f) {
 
 void range_loss_forward(const TensorView& features, const TensorView& labels,
                         const RangeLossOptions& options, const TensorView& loss,
-                        const TensorView& segment, const TensorView& offsets,
-                        const TensorView& pairs, const TensorView& pair_scale,
-                        const TensorView& center_pair, const TensorView& center_gradient,
+                        const TensorView& state_index, const TensorView& state_value,
                         const TensorView& workspace, Execution execution) {
-  constexpr ScalarType kIndex = ScalarType::kInt64;
-  const std::int64_t batch = features.size(0), dimensions = features.size(1);
-  const std::int64_t k = pair_scale.size(1);
+  const std::int64_t batch = features.size(0), dimensions = features.size(1), k = options.k;
   const int device = features.device;
   const stream_t stream = stream_of(execution);
-  const auto* label = pointer<const std::int64_t>(labels, "labels", kIndex, batch, device);
-  auto* starts = pointer<std::int64_t>(offsets, "offsets", kIndex, batch + 1, device);
+  const auto* label =
+      pointer<const std::int64_t>(labels, "labels", ScalarType::kInt64, batch, device);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using T = decltype(zero);
     using A = Compute<T>;
-    constexpr ScalarType kType = Scalar<A>::kType;
-    Arena arena(workspace_pointer(
-        workspace, range_loss_workspace(batch, dimensions, k, sizeof(A)), device));
+    Arena arena(workspace_pointer(workspace, range_loss_workspace(batch, dimensions, k, sizeof(A)),
+                                  device));
     const RangeLossWorkspace<A> w(arena, batch, dimensions, k);
+    const RangeLossState<A> state =
+        range_loss_state<A>(state_index, state_value, batch, dimensions, k, device);
     const auto* x =
         pointer<const T>(features, "features", Scalar<T>::kType, batch * dimensions, device);
-    const Numbering numbering{
-        w.order, w.starts, batch, pointer<std::int64_t>(segment, "segment", kIndex, batch, device),
-        starts,  w.num_classes};
+    const Numbering numbering{w.order,       w.starts,      batch,
+                              state.segment, state.offsets, w.num_classes};
     const Finish<A> finish{w,
-                           starts,
+                           state,
                            batch,
                            dimensions,
                            k,
@@ -157,17 +151,12 @@ void range_loss_forward(const TensorView& features, const TensorView& labels,
                            static_cast<A>(options.alpha),
                            static_cast<A>(options.beta),
                            options.squared,
-                           pointer<A>(loss, "loss", kType, 1, device),
-                           pointer<std::int64_t>(pairs, "pairs", kIndex, batch * k * 2, device),
-                           pointer<A>(pair_scale, "pair_scale", kType, batch * k, device),
-                           pointer<std::int64_t>(center_pair, "center_pair", kIndex, 2, device),
-                           pointer<A>(center_gradient, "center_gradient", kType, dimensions + 1,
-                                      device)};
+                           pointer<A>(loss, "loss", Scalar<A>::kType, 1, device)};
     launch_rank_labels(label, batch, w.order, w.starts, w.ticket, stream);
     launch_range_tiles(RangeTiles<T>{x, label, w.order, batch, dimensions, k, w.candidates},
                        &numbering, stream);
-    launch_centroids(Centroids<T>{x, w.order, starts, w.num_classes, batch, dimensions, batch,
-                                  w.centroids, w.counts},
+    launch_centroids(Centroids<T>{x, w.order, state.offsets, w.num_classes, batch, dimensions,
+                                  batch, w.centroids, w.counts},
                      stream);
     launch_center_tiles(w.center_tiles, stream);
     launch(finish_kernel<A>, blocks_for(batch, kFinishThreads / kWarp), kFinishThreads, 0, stream,
@@ -186,29 +175,24 @@ std::int64_t range_loss_workspace(std::int64_t batch, std::int64_t dimensions, s
   return arena.used();
 }
 
-void range_loss_backward(const TensorView& grad_loss, const TensorView& features,
-                         const TensorView& segment, const TensorView& offsets,
-                         const TensorView& pairs, const TensorView& pair_scale,
-                         const TensorView& center_pair, const TensorView& center_gradient,
+void range_loss_backward(const TensorView& grad_loss, const TensorView& features, std::int64_t k,
+                         const TensorView& state_index, const TensorView& state_value,
                          const TensorView& grad_features, Execution execution) {
-  constexpr ScalarType kIndex = ScalarType::kInt64;
   const std::int64_t batch = features.size(0), dimensions = features.size(1);
-  const std::int64_t k = pair_scale.size(1);
   const int device = features.device;
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using T = decltype(zero);
     using A = Compute<T>;
-    constexpr ScalarType kType = Scalar<A>::kType;
+    const RangeLossState<A> state =
+        range_loss_state<A>(state_index, state_value, batch, dimensions, k, device);
     const CenterGradient<A> center{
-        pointer<const A>(grad_loss, "grad_loss", kType, 1, device),
-        pointer<const std::int64_t>(offsets, "offsets", kIndex, batch + 1, device),
-        pointer<const std::int64_t>(center_pair, "center_pair", kIndex, 2, device),
-        pointer<const A>(center_gradient, "center_gradient", kType, dimensions + 1, device)};
+        pointer<const A>(grad_loss, "grad_loss", Scalar<A>::kType, 1, device), state.offsets,
+        state.center_pair, state.center_gradient, state.poison};
     const PairGradients<T> gradients{
         pointer<const T>(features, "features", Scalar<T>::kType, batch * dimensions, device),
-        pointer<const std::int64_t>(segment, "segment", kIndex, batch, device),
-        pointer<const std::int64_t>(pairs, "pairs", kIndex, batch * k * 2, device),
-        pointer<const A>(pair_scale, "pair_scale", kType, batch * k, device),
+        state.segment,
+        state.pairs,
+        state.pair_scale,
         batch,
         dimensions,
         batch,

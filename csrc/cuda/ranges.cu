@@ -73,8 +73,8 @@ __device__ void select_cross(const RangeTiles<T>& t, const Compute<T>* distances
                  t.candidates.cross + (i / kTile * t.candidates.tiles + j / kTile) * t.k);
 }
 
-// Block (x, y) takes row x of tiles and, from the diagonal on, each kColumnBlocks-th tile as long as
-// the class at the row's end goes on.
+// Block (x, y) takes row x of tiles and, from the diagonal on, each kColumnBlocks-th tile as long
+// as the class at the row's end goes on.
 template <class T>
 __device__ void range_tiles(const RangeTiles<T>& t, std::int64_t tile_row, std::int64_t offset) {
   FACELT_SHARED(std::int64_t, labels, kTile);
@@ -86,8 +86,7 @@ __device__ void range_tiles(const RangeTiles<T>& t, std::int64_t tile_row, std::
   for (std::int64_t tile = tile_row + offset; tile * kTile < t.batch; tile += kColumnBlocks) {
     const std::int64_t j = tile * kTile;
     if (tile != tile_row && t.labels[t.order[j]] != labels[kTile - 1]) break;
-    const Compute<T>* distances =
-        distance_tile(t.features, t.dimensions, t.order, t.batch, i, j);
+    const Compute<T>* distances = distance_tile(t.features, t.dimensions, t.order, t.batch, i, j);
     if (tile == tile_row) {
       select_diagonal(t, distances, labels, i);
     } else {
@@ -117,8 +116,8 @@ __global__ void merge_classes_kernel(TileCandidates<A> candidates, const std::in
                                      const std::int64_t* offsets, const std::int64_t* num_classes,
                                      std::int64_t batch, std::int64_t rows, std::int64_t k,
                                      bool squared, A* ranges, std::int64_t* pairs) {
-  const std::int64_t s = static_cast<std::int64_t>(blockIdx.x) * (kMergeThreads / kWarp) +
-                         threadIdx.x / kWarp;
+  const std::int64_t s =
+      static_cast<std::int64_t>(blockIdx.x) * (kMergeThreads / kWarp) + threadIdx.x / kWarp;
   if (s >= rows) return;
   const std::int64_t begin = offsets[lesser(s, batch)], end = offsets[lesser(s + 1, batch)];
   merge_class(candidates, begin, end, order, batch, k, squared, ranges + s * k, pairs + s * k * 2);
@@ -136,7 +135,7 @@ __global__ void pair_gradients_kernel(PairGradients<T> g) {
   const A grad_loss = center.gradient ? *center.grad_loss : A(1);
   A center_share = 0, start = 0;
   if (center.gradient) {
-    start = center.gradient[g.dimensions];
+    start = *center.poison;
     if (s == center.pair[0] || s == center.pair[1]) {
       center_share = grad_loss / static_cast<A>(center.offsets[s + 1] - center.offsets[s]);
       if (s == center.pair[1]) center_share = -center_share;
@@ -163,8 +162,8 @@ void launch_range_tiles(const RangeTiles<T>& tiles, const Numbering* numbering, 
   const unsigned rows = blocks_for(tiles.batch, kTile);
   const unsigned columns = rows < kColumnBlocks ? rows : kColumnBlocks;
   if (numbering) {
-    launch(number_and_range_tiles_kernel<T>, dim3(rows + 1, columns), kTileThreads, 0, stream, tiles,
-           *numbering);
+    launch(number_and_range_tiles_kernel<T>, dim3(rows + 1, columns), kTileThreads, 0, stream,
+           tiles, *numbering);
   } else {
     launch(range_tiles_kernel<T>, dim3(rows, columns), kTileThreads, 0, stream, tiles);
   }

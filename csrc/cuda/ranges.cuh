@@ -51,9 +51,10 @@ __device__ std::int64_t merge_class(const TileCandidates<A>& candidates, std::in
       if (column < row) continue;
       const std::int64_t head = (first_tile + row) * kTile;
       const Candidate<A> candidate =
-          row == column ? candidates.diagonal[(head < begin ? begin : head) * k + e % k]
-                        : candidates.cross[((first_tile + row) * candidates.tiles + first_tile +
-                                            column) * k + e % k];
+          row == column
+              ? candidates.diagonal[(head < begin ? begin : head) * k + e % k]
+              : candidates.cross[((first_tile + row) * candidates.tiles + first_tile + column) * k +
+                                 e % k];
       const bool taken = number > 0 && !is_larger(previous, candidate);
       if (!taken && is_larger(candidate, best)) best = candidate;
     }
@@ -84,6 +85,7 @@ struct CenterGradient {
   const std::int64_t* offsets;
   const std::int64_t* pair;
   const A* gradient;
+  const A* poison;  // added to every element: 0 or NaN
 };
 
 // grad_i = center's share + sum over the pairs (i, o) of i's class of pair_scale * (x_i - x_o), all

@@ -40,8 +40,8 @@ def range_loss(
         squared: squared Euclidean distances, as in the paper; otherwise the distances.
 
     Returns:
-        The loss, []: float64 for float64 features, float32 otherwise. It never synchronises with the
-        host.
+        The loss, []: float64 for float64 features, float32 otherwise. There is no host
+        synchronisation on CUDA.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
@@ -67,28 +67,29 @@ def range_loss(
 class RangeLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, labels, k, margin, alpha, beta, squared, backend):
-        loss, *saved = torch.ops.facelt_ext.range_loss_forward(
+        loss, state_index, state_value = torch.ops.facelt_ext.range_loss_forward(
             features, labels, k, margin, alpha, beta, squared, backend
         )
-        ctx.save_for_backward(features, labels, *saved)
-        ctx.options = {
-            "k": k, "margin": margin, "alpha": alpha, "beta": beta, "squared": squared,
-        }  # fmt: skip
+        ctx.save_for_backward(features, labels, state_index, state_value)
+        ctx.options = (k, margin, alpha, beta, squared)
         ctx.backend = backend
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        features, labels, *saved = ctx.saved_tensors
+        features, labels, state_index, state_value = ctx.saved_tensors
+        k, margin, alpha, beta, squared = ctx.options
         if torch.is_grad_enabled():
 
             def again(x: Tensor) -> Tensor:
-                return reference.range_loss(x, labels, **ctx.options)
+                return reference.range_loss(
+                    x, labels, k=k, margin=margin, alpha=alpha, beta=beta, squared=squared
+                )
 
             grad = gradient_through_reference(again, features, grad_loss)
         else:
             grad = torch.ops.facelt_ext.range_loss_backward(
-                grad_loss, features, *saved, ctx.backend
+                grad_loss, features, k, state_index, state_value, ctx.backend
             )
         return grad, None, None, None, None, None, None, None
 
@@ -96,21 +97,17 @@ class RangeLossFunction(torch.autograd.Function):
 def _forward_fake(features, labels, k, margin, alpha, beta, squared, backend):
     batch, dimensions = features.shape
     dtype = compute_dtype(features.dtype)
+    # The state is laid out in csrc/range_loss_state.h.
     return (
         features.new_empty((), dtype=dtype),
-        labels.new_empty(batch),
-        labels.new_empty(batch + 1),
-        labels.new_empty(batch, k, 2),
-        features.new_empty(batch, k, dtype=dtype),
-        labels.new_empty(2),
-        features.new_empty(dimensions + 1, dtype=dtype),
+        labels.new_empty(2 * batch + 1 + 2 * batch * k + 2),
+        features.new_empty(batch * k + dimensions + 1, dtype=dtype),
     )
 
 
 @operator(
     "range_loss_forward(Tensor features, Tensor labels, SymInt k, float margin, float alpha,"
-    " float beta, bool squared, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float beta, bool squared, str backend) -> (Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 def _forward(features, labels, k, margin, alpha, beta, squared, backend):
@@ -119,32 +116,27 @@ def _forward(features, labels, k, margin, alpha, beta, squared, backend):
     workspace = _native.workspace(
         backend, features, "range_loss", *features.shape, k, outputs[0].element_size()
     )
-    options = (margin, alpha, beta, squared)
+    options = (k, margin, alpha, beta, squared)
     _native.run(
         backend, features, "range_loss_forward", features, labels, options, *outputs, workspace
     )
     return outputs
 
 
-def _backward_fake(
-    grad_loss, features, segment, offsets, pairs, pair_scale, center_pair, center_gradient, backend
-):
+def _backward_fake(grad_loss, features, k, state_index, state_value, backend):
     return torch.empty_like(features, memory_format=torch.contiguous_format)
 
 
 @operator(
-    "range_loss_backward(Tensor grad_loss, Tensor features, Tensor segment, Tensor offsets,"
-    " Tensor pairs, Tensor pair_scale, Tensor center_pair, Tensor center_gradient, str backend)"
-    " -> Tensor",
+    "range_loss_backward(Tensor grad_loss, Tensor features, SymInt k, Tensor state_index,"
+    " Tensor state_value, str backend) -> Tensor",
     _backward_fake,
 )
-def _backward(
-    grad_loss, features, segment, offsets, pairs, pair_scale, center_pair, center_gradient, backend
-):
+def _backward(grad_loss, features, k, state_index, state_value, backend):
     features = features.contiguous()
     grad_features = torch.empty_like(features)
     _native.run(
-        backend, features, "range_loss_backward", grad_loss, features, segment, offsets, pairs,
-        pair_scale, center_pair, center_gradient, grad_features,
+        backend, features, "range_loss_backward", grad_loss, features, k, state_index, state_value,
+        grad_features,
     )  # fmt: skip
     return grad_features

@@ -21,9 +21,9 @@ def class_ranges(
 ) -> ClassRanges:
     """The k largest distances between samples of each class in the batch (Range Loss, eq. 2).
 
-    Classes come in ascending label order. A class of n samples has n(n-1)/2 distinct pairs; of those
-    the min(k, pairs) largest are given, largest first. Ties go to the pair that comes first in the
-    batch. Distances are sums of squared differences, so near-duplicates do not cancel.
+    Classes come in ascending label order. A class of n samples has n(n-1)/2 distinct pairs; of
+    those the min(k, pairs) largest are given, largest first. Ties go to the pair that comes first
+    in the batch. Distances are sums of squared differences, so near-duplicates do not cancel.
 
     Args:
         features: [B, D], float64, float32, bfloat16 or float16.
@@ -36,9 +36,9 @@ def class_ranges(
 
     Returns:
         ClassRanges: `classes` int64 [C]; `ranges` [C, k], float64 for float64 features and float32
-        otherwise, differentiable; `pairs` int64 [C, k, 2], the samples a < b of each range; `counts`
-        int64 [C]. Ranges that a class lacks are 0 and their pairs -1; rows beyond the classes have
-        count 0 and class 0.
+        otherwise, differentiable; `pairs` int64 [C, k, 2], the samples a < b of each range;
+        `counts` int64 [C]. Ranges that a class lacks are 0 and their pairs -1; rows beyond the
+        classes have count 0 and class 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.

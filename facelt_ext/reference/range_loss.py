@@ -31,7 +31,7 @@ def range_loss(
 
 
 def harmonic_means(ranges: Tensor, selected: Tensor) -> Tensor:
-    """k_c / sum_j 1/D_cj of each row's selected entries (eq. 2); 0 for a row that holds a 0 or none.
+    """k_c / sum_j 1/D_cj of each row's selected entries (eq. 2); 0 where one is 0 or none is there.
 
     The largest reciprocal is divided out first, so that tiny ranges do not overflow.
     """

@@ -1,0 +1,120 @@
+"""The native kernels. Each takes contiguous tensors and writes its outputs (csrc/launchers.inc).
+
+`execution` is a CUDA stream's handle for `cuda`, and a number of threads for `cpu`.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+class Backend(Protocol):
+    def group_labels(
+        self,
+        labels: Tensor,
+        order: Tensor,
+        segment: Tensor,
+        offsets: Tensor,
+        num_classes: Tensor,
+        workspace: Tensor,
+        execution: int,
+    ) -> None: ...
+    def group_labels_workspace(self, batch: int) -> int: ...
+    def class_ranges_forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        num_classes: Tensor,
+        squared: bool,
+        ranges: Tensor,
+        pairs: Tensor,
+        workspace: Tensor,
+        execution: int,
+    ) -> None: ...
+    def class_ranges_workspace(self, batch: int, k: int) -> int: ...
+    def class_ranges_backward(
+        self,
+        features: Tensor,
+        segment: Tensor,
+        pairs: Tensor,
+        pair_scale: Tensor,
+        grad_features: Tensor,
+        execution: int,
+    ) -> None: ...
+    def class_centroids_forward(
+        self,
+        features: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        num_classes: Tensor,
+        centroids: Tensor,
+        counts: Tensor,
+        execution: int,
+    ) -> None: ...
+    def class_centroids_backward(
+        self,
+        grad_centroids: Tensor,
+        segment: Tensor,
+        counts: Tensor,
+        grad_features: Tensor,
+        execution: int,
+    ) -> None: ...
+    def min_centroid_distance_forward(
+        self,
+        centroids: Tensor,
+        counts: Tensor,
+        squared: bool,
+        distance: Tensor,
+        pair: Tensor,
+        workspace: Tensor,
+        execution: int,
+    ) -> None: ...
+    def min_centroid_distance_workspace(self, rows: int) -> int: ...
+    def min_centroid_distance_backward(
+        self,
+        grad_distance: Tensor,
+        centroids: Tensor,
+        distance: Tensor,
+        pair: Tensor,
+        squared: bool,
+        grad_centroids: Tensor,
+        execution: int,
+    ) -> None: ...
+    def range_loss_forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        options: tuple[int, float, float, float, bool],
+        loss: Tensor,
+        state_index: Tensor,
+        state_value: Tensor,
+        workspace: Tensor,
+        execution: int,
+    ) -> None: ...
+    def range_loss_workspace(
+        self, batch: int, dimensions: int, k: int, compute_size: int
+    ) -> int: ...
+    def range_loss_backward(
+        self,
+        grad_loss: Tensor,
+        features: Tensor,
+        k: int,
+        state_index: Tensor,
+        state_value: Tensor,
+        grad_features: Tensor,
+        execution: int,
+    ) -> None: ...
+
+class CudaBackend(Backend, Protocol):
+    def require_driver(self) -> None: ...
+
+class EmulatedBackend(Backend, Protocol):
+    def set_schedule(self, schedule: str, seed: int = 0) -> None: ...
+
+cpu: Backend
+cuda: CudaBackend
+emulated: EmulatedBackend
+
+def build_info() -> dict[str, object]: ...
+def no_operation(tensor: Tensor) -> None: ...

@@ -1,0 +1,155 @@
+"""The operators behind the functions: torch.library's own checks, torch.compile, autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import facelt_ext
+from facelt_ext import functional
+from facelt_ext.functional.groups import group_labels
+
+OPS = torch.ops.facelt_ext
+OPTIONS = {"k": 2, "margin": 400.0, "alpha": 0.3, "beta": 0.07, "squared": True}
+
+
+def inputs(device: str, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 5, generator=generator).to(device, dtype)
+    return x, torch.tensor([4, 4, -1, 4, 9, -1, 9, 9, 9, 4, 4, 70], device=device)
+
+
+def samples(place, dtype: torch.dtype):
+    """Each operator with arguments it is really called with."""
+    x, labels = inputs(place.device, dtype)
+    backend = place.backend
+    order, segment, offsets, number = group_labels(labels, backend)
+    yield OPS.group_labels, (labels, backend)
+
+    ranges_args = (x, labels, order, offsets, number, 4, 2, True, backend)
+    yield OPS.class_ranges_forward, ranges_args
+    ranges, pairs = OPS.class_ranges_forward(*ranges_args)
+    yield OPS.class_ranges_backward, (x, segment, pairs, ranges, backend)
+
+    centroid_args = (x, order, offsets, number, 4, backend)
+    yield OPS.class_centroids_forward, centroid_args
+    centroids, counts = OPS.class_centroids_forward(*centroid_args)
+    yield OPS.class_centroids_backward, (centroids, segment, counts, dtype, backend)
+
+    yield OPS.min_centroid_distance_forward, (centroids, counts, True, backend)
+    distance, pair = OPS.min_centroid_distance_forward(centroids, counts, True, backend)
+    yield (
+        OPS.min_centroid_distance_backward,
+        (distance, centroids, distance, pair, True, backend),
+    )
+
+    loss_args = (x, labels, *OPTIONS.values(), backend)
+    yield OPS.range_loss_forward, loss_args
+    loss, *state = OPS.range_loss_forward(*loss_args)
+    yield OPS.range_loss_backward, (loss, x, 2, *state, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_opcheck(place, dtype):
+    seen = set()
+    for operator, args in samples(place, dtype):
+        torch.library.opcheck(operator.default, args)
+        seen.add(operator.__name__)
+    registered = {name for name in dir(OPS) if hasattr(getattr(OPS, name), "default")}
+    assert registered <= seen
+
+
+def test_an_operator_refuses_inputs_that_require_a_gradient(place):
+    for operator, args in samples(place, torch.float32):
+        floating = [
+            i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()
+        ]
+        for i in floating:
+            wanting = [a.clone().requires_grad_() if j == i else a for j, a in enumerate(args)]
+            with pytest.raises(RuntimeError, match=f"{operator.__name__} has no derivative"):
+                operator(*wanting)
+            with torch.no_grad():
+                operator(*wanting)
+
+
+def compiled_and_eager(place, function, x, *args):
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True)):
+        y = x.clone().requires_grad_()
+        with place.run():
+            out = run(y, *args)
+        (2.5 * out).backward()
+        results.append((out.detach(), y.grad))
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["range_loss", "module", "ranges", "centroids"])
+def test_compile_fullgraph(any_place, name, dtype):
+    if any_place.backend == "reference":
+        pytest.skip("the reference selects with data-dependent shapes: it is not for compiling")
+    module = facelt_ext.RangeLoss(margin=400.0, alpha=0.3, beta=0.07)
+
+    def ranges(x, labels):
+        return functional.class_ranges(x, labels, 3, max_classes=6).ranges.sum()
+
+    def centroids(x, labels):
+        means = functional.class_centroids(x, labels, max_classes=6)
+        return functional.min_centroid_distance(means.centroids, means.counts).distance
+
+    functions = {
+        "range_loss": lambda x, labels: functional.range_loss(x, labels, **OPTIONS),
+        "module": module,
+        "ranges": ranges,
+        "centroids": centroids,
+    }
+    x, labels = inputs(any_place.device, dtype)
+    (loss, grad), (compiled_loss, compiled_grad) = compiled_and_eager(
+        any_place, functions[name], x, labels
+    )
+    assert grad.abs().sum() > 0
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(compiled_grad, grad)
+
+
+def test_compile_follows_changed_hyper_parameters_and_shapes(place):
+    module = facelt_ext.RangeLoss(margin=400.0, alpha=0.3, beta=0.07)
+    compiled = torch.compile(module, fullgraph=True)
+    x, labels = inputs(place.device)
+    with place.run():
+        for margin, size in [(400.0, 12), (300.0, 12), (200.0, 10), (100.0, 7)]:
+            module.margin = margin
+            torch.testing.assert_close(
+                compiled(x[:size], labels[:size]), module(x[:size], labels[:size])
+            )
+
+
+def test_backward_runs_where_forward_ran(place):
+    x, labels = inputs(place.device)
+    x.requires_grad_()
+    with place.run():
+        loss = functional.range_loss(x, labels, **OPTIONS)
+    with facelt_ext.use_backend("reference"):
+        (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
+    with place.run():
+        (expected,) = torch.autograd.grad(loss, x)
+    assert torch.equal(grad, expected)
+
+
+def test_autocast_and_grad_scaling(place):
+    x, labels = inputs(place.device)
+    layer = torch.nn.Linear(5, 6, device=place.device)
+    with place.run(), torch.autocast(place.device, torch.bfloat16):
+        features = layer(x)
+        loss = functional.range_loss(features, labels, **OPTIONS)
+    assert features.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    (loss * 1024).backward()
+    assert layer.weight.grad.isfinite().all() and layer.weight.grad.abs().sum() > 0
+
+
+def test_no_gradient_wanted(place):
+    x, labels = inputs(place.device)
+    with place.run(), torch.no_grad():
+        assert not functional.range_loss(x, labels, **OPTIONS).requires_grad
+    with place.run():
+        assert not functional.range_loss(x, labels, **OPTIONS).requires_grad
