@@ -1,0 +1,50 @@
+# make demo and make test each work from a fresh clone; both set up .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# One architecture, also as PTX, runs on every GPU that wheels support and builds in a minute.
+export FACELT_CUDA_ARCHS ?= 75
+export FACELT_EMULATION ?= on
+
+NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test bench lint format wheel sanitize clean
+
+demo: $(VENV)/installed
+	$(RUN) examples/range_loss_faces.py $(ARGS)
+
+test: $(VENV)/installed
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/installed
+	$(RUN) -m benchmarks.run $(ARGS)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	git ls-files '*.h' '*.inc' '*.cpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+	git ls-files '*.h' '*.inc' '*.cpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
+
+# A user's wheel, for all architectures, looked into and imported from where it was unpacked.
+wheel: $(VENV)/installed
+	rm -rf dist
+	env -u FACELT_CUDA_ARCHS -u FACELT_EMULATION $(RUN) -m pip wheel --quiet --no-deps -w dist .
+	$(RUN) .ci/check_wheel.py dist/*.whl
+
+# The kernels, on the CPU and emulated, under AddressSanitizer and UBSan.
+sanitize: $(VENV)/installed
+	PYTHON=$(RUN) .ci/sanitize
+
+$(VENV)/installed: $(NATIVE)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV) facelt_ext/_C*.so *.egg-info
