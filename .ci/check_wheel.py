@@ -1,4 +1,4 @@
-"""Looks into a user's wheel: what is in it, what is not, and that it imports without the sources."""
+"""Looks into a user's wheel: what is in it, what is not, and that it runs without the sources."""
 
 from __future__ import annotations
 

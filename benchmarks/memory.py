@@ -1,4 +1,4 @@
-"""The peak memory that a case needs beside its inputs and their gradient, in a process of its own."""
+"""The peak memory of a case beside its inputs and their gradient, in a process of its own."""
 
 from __future__ import annotations
 

@@ -31,8 +31,20 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     return register
 
 
+def call(overload: Callable[..., Any], *args: Any) -> Any:
+    """Calls an operator from inside an autograd.Function, which has dealt with its gradient.
+
+    Going below autograd at once saves a tenth of the time of a small loss. Compiled code goes the
+    long way: torch.compile cannot trace the guard.
+    """
+    if torch.compiler.is_compiling():
+        return overload(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(*args)
+
+
 def _refusing_gradients(name: str, overload: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
+    def refuse(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise RuntimeError(
                 f"torch.ops.facelt_ext.{name} has no derivative; "
@@ -41,4 +53,4 @@ def _refusing_gradients(name: str, overload: Callable[..., Any]) -> Callable[...
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
-    return call
+    return refuse

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import facelt_ext
+from facelt_ext import _C
 
 hypothesis.settings.register_profile(
     "facelt", deadline=None, derandomize=True, print_blob=True, max_examples=60
@@ -30,6 +31,11 @@ CPU = Place("cpu", "native")
 EMULATED = Place("cpu", "emulated")
 CUDA = Place("cuda", "native")
 REFERENCE = Place("cpu", "reference")
+
+
+def pytest_report_header() -> str:
+    info = facelt_ext.build_info()
+    return f"facelt_ext {info['version']} with {', '.join(info['backends'])}: {_C.__file__}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,7 +40,8 @@ class MinDistance {
       : centroids_(centroids),
         dimensions_(dimensions),
         live_(live),
-        smallest_(number_of_blocks(rows()), Candidate<A>{A(0), kNoPair}) {}
+        smallest_(number_of_blocks(rows()), Candidate<A>{A(0), kNoPair}),
+        finite_(number_of_blocks(rows())) {}
 
   std::int64_t size() const { return static_cast<std::int64_t>(smallest_.size()); }
 
@@ -51,6 +52,11 @@ class MinDistance {
                        const Candidate<A> candidate{distance, a * rows() + b};
                        if (is_smaller(candidate, best)) best = candidate;
                      });
+    finite_[block] = true;
+    for (std::int64_t a = block * kBlockRows; a < std::min((block + 1) * kBlockRows, rows()); ++a) {
+      finite_[block] &=
+          row_kernels<A>().all_finite(centroids_ + live_[a] * dimensions_, dimensions_);
+    }
   }
 
   struct Result {
@@ -59,10 +65,8 @@ class MinDistance {
   };
 
   Result result() const {
-    for (std::int64_t row : live_) {
-      if (!row_kernels<A>().all_finite(centroids_ + row * dimensions_, dimensions_)) {
-        return {std::numeric_limits<A>::quiet_NaN(), kNoPair, kNoPair};
-      }
+    if (std::find(finite_.begin(), finite_.end(), char{false}) != finite_.end()) {
+      return {std::numeric_limits<A>::quiet_NaN(), kNoPair, kNoPair};
     }
     Candidate<A> best{A(0), kNoPair};
     for (const Candidate<A>& candidate : smallest_) {
@@ -79,6 +83,7 @@ class MinDistance {
   std::int64_t dimensions_;
   const std::vector<std::int64_t>& live_;
   std::vector<Candidate<A>> smallest_;
+  std::vector<char> finite_;  // not vector<bool>: threads write neighbouring entries
 };
 
 }  // namespace facelt::cpu

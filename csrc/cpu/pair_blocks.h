@@ -9,7 +9,7 @@
 
 namespace facelt::cpu {
 
-constexpr std::int64_t kBlockRows = 32;
+constexpr std::int64_t kBlockRows = 16;
 
 inline std::int64_t number_of_blocks(std::int64_t rows) {
   return (rows + kBlockRows - 1) / kBlockRows;
