@@ -9,6 +9,9 @@ from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Tuples: torch.compile of torch 2.6 does not trace unions of types.
+WHOLE = (int, torch.SymInt)
+NUMBER = (int, float, torch.SymFloat)
 
 
 def check_matrix(value: Tensor, name: str) -> None:
@@ -41,14 +44,14 @@ def checked_integers(value: Tensor, name: str, like: Tensor, like_name: str) -> 
 
 
 def check_count(value: int, name: str, minimum: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, WHOLE):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 
 def check_number(value: float, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, NUMBER):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # torch.compile traces comparisons of symbolic floats, but not math.isfinite.
     if not -math.inf < value < math.inf:
