@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -35,7 +36,7 @@ class CMakeBuild(build_ext):
         configure += [f"-D{name}={value}" for name, value in definitions.items()]
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build), "--target", "_C"], check=True)
-        built = next(build.glob("_C.*.so"))
+        built = build / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         output.parent.mkdir(parents=True, exist_ok=True)
         # A file that is replaced, not written over: the old one may be mapped by a running process.
         output.unlink(missing_ok=True)

@@ -103,6 +103,7 @@ struct type_caster<RangeLossOptions> {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native kernels of facelt_ext; called by facelt_ext.functional.";
+  facelt::TorchNames::get();
   m.def("build_info", build_info);
   m.def("no_operation", [](const TensorView&) {}, "Reads a tensor's layout; for measuring that.");
 

@@ -20,6 +20,11 @@ struct RangeLossOptions {
   bool squared;
 };
 
+// The checks that every backend makes of what no pointer shows.
+inline void require_ranges(std::int64_t k) {
+  if (k < 1) throw std::invalid_argument("k: expected at least 1, got " + std::to_string(k));
+}
+
 namespace cpu {
 #include "launchers.inc"
 }

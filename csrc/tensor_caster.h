@@ -10,7 +10,8 @@ namespace facelt {
 
 namespace py = pybind11;
 
-// Looked up once; never freed, since the interpreter may be gone when statics are.
+// Looked up once, while the module is imported; never freed, since the interpreter may be gone when
+// statics are.
 struct TorchNames {
   PyObject* tensor_type;
   PyObject* dtypes[6];

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Tuples: torch.compile of torch 2.6 does not trace unions of types.
 WHOLE = (int, torch.SymInt)
 NUMBER = (int, float, torch.SymFloat)
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float64, torch.float32)}
 
 
 def check_matrix(value: Tensor, name: str) -> None:
@@ -50,9 +49,10 @@ def check_count(value: int, name: str, minimum: int = 1) -> None:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 
-def check_number(value: float, name: str) -> None:
+def check_number(value: float, name: str, dtype: torch.dtype) -> None:
+    """A number that is finite in `dtype` too, in which it will be reckoned with."""
     if isinstance(value, bool) or not isinstance(value, NUMBER):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    # torch.compile traces comparisons of symbolic floats, but not math.isfinite.
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    largest = LARGEST[dtype]
+    if not -largest <= value <= largest:
+        raise ValueError(f"{name}: expected a number that is finite in {dtype}, got {value}")

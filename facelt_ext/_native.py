@@ -68,6 +68,8 @@ def _kernels(backend: str, device_type: str) -> ModuleType:
         if not hasattr(_C, "emulated"):
             raise RuntimeError("backend 'emulated': build with FACELT_EMULATION=on to have it")
         return _C.emulated
+    if backend != "native":
+        raise RuntimeError(f"backend {backend!r} has no native kernels")
     if device_type == "cpu":
         return _C.cpu
     if device_type != "cuda":

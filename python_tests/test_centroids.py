@@ -121,6 +121,13 @@ def test_fewer_than_two_centroids(any_place, rows):
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
+def test_negative_counts_are_ignored(any_place):
+    x = torch.tensor([[0.0], [1.0], [5.0]], device=any_place.device)
+    counts = torch.tensor([-1, 1, 1], device=any_place.device)
+    with any_place.run():
+        assert functional.min_centroid_distance(x, counts).pair.tolist() == [1, 2]
+
+
 def test_many_centroids_need_many_tiles(place):
     rows = 120 if place.backend == "emulated" else 3000
     x = 100 * torch.randn(rows, 5, generator=torch.Generator().manual_seed(0))

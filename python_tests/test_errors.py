@@ -62,8 +62,9 @@ def test_k(any_place, function, k, error, message):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        (torch.nan, ValueError, "expected a finite number, got nan"),
-        (torch.inf, ValueError, "expected a finite number, got inf"),
+        (torch.nan, ValueError, "expected a number that is finite in torch.float32, got nan"),
+        (torch.inf, ValueError, "expected a number that is finite in torch.float32, got inf"),
+        (-1e39, ValueError, "expected a number that is finite in torch.float32, got -1e.39"),
         ("1", TypeError, "expected a number, got str"),
         (True, TypeError, "expected a number, got bool"),
     ],

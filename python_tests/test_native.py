@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from facelt_ext import _C
+from facelt_ext import _C, _native
 
 
 def grouping(labels: torch.Tensor, **changed: torch.Tensor) -> None:
@@ -57,6 +57,15 @@ def test_a_fake_tensor_has_no_memory():
         fake = torch.zeros(2)
     with pytest.raises((ValueError, RuntimeError), match="no memory|data pointer"):
         _C.no_operation(fake)
+
+
+def test_the_thread_count_is_torchs(monkeypatch):
+    seen = []
+    kernels = type("Kernels", (), {"function": staticmethod(lambda *args: seen.append(args))})
+    monkeypatch.setattr(_native, "_kernels", lambda *_: kernels)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    _native.run("native", torch.zeros(1), "function")
+    assert seen == [(5,)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import CPU
 
 import facelt_ext
-from facelt_ext import functional
+from facelt_ext import _native, functional
 from facelt_ext.functional.groups import group_labels
 
 OPS = torch.ops.facelt_ext
@@ -124,16 +125,78 @@ def test_compile_follows_changed_hyper_parameters_and_shapes(place):
             )
 
 
-def test_backward_runs_where_forward_ran(place):
+def test_backward_runs_where_forward_ran(place, monkeypatch):
+    ran, run = [], _native.run
+    monkeypatch.setattr(_native, "run", lambda b, *args: (ran.append(b), run(b, *args)))
     x, labels = inputs(place.device)
     x.requires_grad_()
     with place.run():
-        loss = functional.range_loss(x, labels, **OPTIONS)
+        total = functional.range_loss(x, labels, **OPTIONS)
+        total = total + functional.class_ranges(x, labels).ranges.sum()
+        centroids = functional.class_centroids(x, labels).centroids
+        total = total + functional.min_centroid_distance(centroids).distance
+    forward = len(ran)
     with facelt_ext.use_backend("reference"):
-        (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
+        total.backward()
+    assert len(ran) == forward + 4 and set(ran) == {place.backend}
+
+
+def test_any_tensor_may_be_strided(any_place):
+    def strided(t):
+        return t.repeat_interleave(2, -1)[..., ::2]
+
+    x, labels = inputs(any_place.device, torch.float64)
+    upstream = torch.randn(5, 3, dtype=torch.float64, device=any_place.device)
+    results = []
+    for layout in (torch.clone, strided):
+        y = x.clone().requires_grad_()
+        with any_place.run():
+            ranges = functional.class_ranges(y, layout(labels), 3).ranges
+            means = functional.class_centroids(y, layout(labels)).centroids
+            nearest = functional.min_centroid_distance(layout(x), layout((labels > 0).long()))
+            distance = functional.min_centroid_distance(layout(y), layout(labels.abs())).distance
+            loss = functional.range_loss(y, layout(labels), **OPTIONS)
+        up = layout(upstream[: len(ranges)])
+        wide = layout(torch.ones_like(means) * upstream[: len(means), :1])
+        (grad,) = torch.autograd.grad((ranges, means, loss, distance), y, (up, wide, None, None))
+        results.append([ranges, means, nearest.distance, distance, loss, grad])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck_of_a_transposed_input(place):
+    x, labels = inputs(place.device)
+    x = x.t().contiguous().t()
+    loss, *state = OPS.range_loss_forward(x, labels, *OPTIONS.values(), place.backend)
+    args = (loss, x, 2, *state, place.backend)
+    torch.library.opcheck(OPS.range_loss_backward.default, args)
+
+
+@pytest.mark.parametrize("name", ["class_ranges", "class_centroids"])
+def test_max_classes_too_small_when_compiled(place, name):
+    @torch.compile(fullgraph=True)
+    def run(x, labels):
+        return getattr(functional, name)(x, labels, max_classes=2)[1]
+
+    x = torch.randn(8, 3, device=place.device, requires_grad=True)
+    labels = torch.arange(8, device=place.device) // 2
     with place.run():
-        (expected,) = torch.autograd.grad(loss, x)
-    assert torch.equal(grad, expected)
+        if place == CPU:
+            with pytest.raises(ValueError, match="max_classes: 2 is too small for 4 classes"):
+                run(x, labels)
+        else:
+            assert run(x, labels).isnan().all()
+
+
+def test_no_ranges_are_refused_by_the_operators_too(place):
+    x, labels = inputs(place.device)
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        OPS.range_loss_forward(x, labels, 0, 1.0, 1.0, 1.0, True, place.backend)
+    groups = group_labels(labels, place.backend)
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        OPS.class_ranges_forward(
+            x, labels, groups.order, groups.offsets, groups.num_classes, 4, 0, True, place.backend
+        )
 
 
 def test_autocast_and_grad_scaling(place):

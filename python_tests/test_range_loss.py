@@ -208,6 +208,17 @@ def test_the_hinge_is_closed_at_the_margin(any_place):
     assert loss == 0 and grad.abs().sum() == 0
 
 
+def test_equal_centroids_of_uneven_classes_have_distance_zero(any_place):
+    # 41 * (1 / 41) is not 1 in float32, 49 * (1 / 49) is not 1 in float64.
+    for dtype, n in ((torch.float32, 41), (torch.float64, 49)):
+        x = torch.ones(n + 1, 2, dtype=dtype, device=any_place.device, requires_grad=True)
+        labels = (torch.arange(n + 1, device=any_place.device) == n).long()
+        with any_place.run():
+            loss = functional.range_loss(x, labels, squared=False, margin=1.0, alpha=1.0, beta=1.0)
+        loss.backward()
+        assert loss == 1 and x.grad.abs().sum() == 0
+
+
 def test_tiny_ranges_do_not_overflow(any_place):
     # 1 / D is infinite in float32 for the subnormal D of these samples.
     x = torch.tensor([[0.0], [2e-20], [1e-20]], device=any_place.device, requires_grad=True)

@@ -5,7 +5,7 @@ import math
 import literal
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, EMULATED, KERNEL_PLACES
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import (
@@ -18,6 +18,7 @@ from strategies import (
     strided,
 )
 
+import facelt_ext
 from facelt_ext import functional, reference
 
 
@@ -148,6 +149,37 @@ def test_max_classes_too_small(place, name):
                 function(x, labels, max_classes=2)
         else:
             assert function(x, labels, max_classes=2)[1].isnan().all()
+
+
+@pytest.mark.emulation
+@pytest.mark.parametrize("name", ["class_ranges", "class_centroids"])
+def test_debug_checks(name):
+    x, labels = torch.randn(4, 3), torch.arange(4)
+    with EMULATED.run():
+        facelt_ext.debug_checks(True)
+        try:
+            with pytest.raises(ValueError, match="max_classes: 2 is too small for 4 classes"):
+                getattr(functional, name)(x, labels, max_classes=2)
+        finally:
+            facelt_ext.debug_checks(False)
+        assert getattr(functional, name)(x, labels, max_classes=2)[1].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["class_ranges", "class_centroids"])
+def test_max_classes_too_small_in_the_reference(name):
+    with pytest.raises(ValueError, match="max_classes: 2 is too small for 4 classes"):
+        getattr(reference, name)(torch.randn(4, 3), torch.arange(4), max_classes=2)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("place", [p for p in KERNEL_PLACES if p.id != "cpu"])
+def test_gradients_without_a_row_are_nan(place, squared):
+    x = torch.randn(8, 3, device=place.device, requires_grad=True)
+    labels = torch.arange(8, device=place.device) // 2
+    with place.run():
+        ranges = functional.class_ranges(x, labels, squared=squared, max_classes=2).ranges
+        (grad,) = torch.autograd.grad(ranges.sum(), x)
+    assert grad.isnan().all()
 
 
 def test_a_large_class_needs_many_tiles(place):

@@ -10,7 +10,7 @@ void class_centroids_forward(const TensorView& features, const TensorView& order
   const std::int64_t rows = centroids.size(0);
   const std::int64_t* position = index_pointer(order, "order", batch);
   const std::int64_t* starts = index_pointer(offsets, "offsets", batch + 1);
-  index_pointer(num_classes, "num_classes", 1);
+  require_rows(rows, *index_pointer(num_classes, "num_classes", 1));
   std::int64_t* sizes = index_output(counts, "counts", rows);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using T = decltype(zero);
@@ -44,6 +44,7 @@ void class_centroids_backward(const TensorView& grad_centroids, const TensorView
     advise_huge_pages(grad_features, sizeof(T));
 #pragma omp parallel for schedule(static) num_threads(threads(execution))
     for (std::int64_t i = 0; i < batch; ++i) {
+      if (classes[i] < 0 || classes[i] >= rows) continue;  // forward refuses too few rows
       const A* row = grad + classes[i] * dimensions;
       const A share = A(1) / static_cast<A>(sizes[classes[i]]);
       for (std::int64_t d = 0; d < dimensions; ++d) {

@@ -28,7 +28,7 @@ void write_centroid(const T* features, std::int64_t dimensions, const std::int64
       kernels.add(wide.data(), centroid, dimensions);
     }
   }
-  kernels.scale(centroid, A(1) / static_cast<A>(end - begin), centroid, dimensions);
+  kernels.divide(centroid, static_cast<A>(end - begin), dimensions);
 }
 
 // The smallest squared distance among the rows that `live` lists, by blocks that threads can share.

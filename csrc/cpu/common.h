@@ -33,6 +33,13 @@ T* output(const TensorView& view, const char* name, std::int64_t numel) {
   return pointer<T>(view, name, Scalar<T>::kType, numel, kCpuDevice);
 }
 
+inline void require_rows(std::int64_t rows, std::int64_t classes) {
+  if (classes > rows) {
+    throw std::invalid_argument("max_classes: " + std::to_string(rows) + " is too small for " +
+                                std::to_string(classes) + " classes");
+  }
+}
+
 // Page faults dominate the writing of a large fresh output; huge pages make them 512 times fewer.
 inline void advise_huge_pages(const TensorView& view, std::size_t element_size) {
 #if defined(MADV_HUGEPAGE)

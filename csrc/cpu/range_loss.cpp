@@ -85,6 +85,7 @@ void range_loss_forward(const TensorView& features, const TensorView& labels,
                         const TensorView& state_index, const TensorView& state_value,
                         const TensorView&, Execution execution) {
   const std::int64_t batch = features.size(0), dimensions = features.size(1);
+  require_ranges(options.k);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using T = decltype(zero);
     using A = Compute<T>;

@@ -11,13 +11,15 @@ void class_ranges_forward(const TensorView& features, const TensorView& labels,
   const std::int64_t* position = index_pointer(order, "order", batch);
   const std::int64_t* starts = index_pointer(offsets, "offsets", batch + 1);
   const std::int64_t classes = *index_pointer(num_classes, "num_classes", 1);
+  require_ranges(k);
+  require_rows(rows, classes);
   index_pointer(labels, "labels", batch);
   std::int64_t* chosen = index_output(pairs, "pairs", rows * k * 2);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using T = decltype(zero);
     using A = Compute<T>;
     RangeTasks<T> tasks(input<T>(features, "features", batch * dimensions), dimensions, position,
-                        starts, batch, std::min(classes, rows), k);
+                        starts, batch, classes, k);
     A* values = output<A>(ranges, "ranges", rows * k);
     FirstException failure;
 #pragma omp parallel for schedule(dynamic) num_threads(threads(execution))

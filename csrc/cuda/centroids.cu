@@ -6,7 +6,6 @@ namespace {
 
 constexpr int kColumns = kWarp;  // of a block of centroids_kernel
 constexpr int kLanes = 8;        // samples added up side by side
-constexpr int kColumnBlocks = 32;
 constexpr int kGradientThreads = 128;
 static_assert(kTileThreads <= kReduceThreads);
 
@@ -57,11 +56,10 @@ __global__ void center_tiles_kernel(CenterTiles<A> t) {
                                        static_cast<const std::int64_t*>(nullptr), rows, i, j);
     for (int e = threadIdx.x; e < kTile * kTile; e += kTileThreads) {
       const std::int64_t a = i + e / kTile, b = j + e % kTile;
-      if (a >= b || b >= rows || t.counts[a] == 0 || t.counts[b] == 0) continue;
+      if (a >= b || b >= rows || t.counts[a] <= 0 || t.counts[b] <= 0) continue;
       const Candidate<A> candidate{distances[e], a * t.rows + b};
       if (is_nearer(candidate, best)) best = candidate;
     }
-    __syncthreads();
   }
   best = block_nearest(best);
   if (threadIdx.x == 0) t.candidates[blockIdx.y * gridDim.x + blockIdx.x] = best;

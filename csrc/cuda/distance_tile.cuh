@@ -5,9 +5,12 @@
 namespace facelt::FACELT_CUDA_NAMESPACE {
 
 #if defined(FACELT_EMULATION)
-constexpr int kTile = 16;  // so that small batches need many tiles
+// Small, so that small batches need many tiles and more than one tile a block.
+constexpr int kTile = 16;
+constexpr int kColumnBlocks = 2;
 #else
 constexpr int kTile = 32;
+constexpr int kColumnBlocks = 32;  // blocks that share a row of tiles, each taking every 32nd
 #endif
 constexpr int kHalfTile = kTile / 2;
 constexpr int kTileThreads = kHalfTile * kHalfTile;  // each thread keeps 2 x 2 sums
@@ -35,8 +38,8 @@ __device__ __forceinline__ void load_rows(const T* x, std::int64_t dimensions,
 
 // The squared distances of rows [i, i + kTile) against [j, j + kTile), in shared memory
 // [kTile][kTile], by a block of kTileThreads. `order` gives the row at each position; null for the
-// rows as they lie. The caller places a barrier between its last use of the result and the next
-// call.
+// rows as they lie. The next call's first barrier lets every thread finish with the result;
+// dimensions >= 1.
 template <class T>
 __device__ Compute<T>* distance_tile(const T* x, std::int64_t dimensions, const std::int64_t* order,
                                      std::int64_t rows, std::int64_t i, std::int64_t j) {

@@ -126,6 +126,7 @@ void range_loss_forward(const TensorView& features, const TensorView& labels,
                         const TensorView& state_index, const TensorView& state_value,
                         const TensorView& workspace, Execution execution) {
   const std::int64_t batch = features.size(0), dimensions = features.size(1), k = options.k;
+  require_ranges(k);
   const int device = features.device;
   const stream_t stream = stream_of(execution);
   const auto* label =

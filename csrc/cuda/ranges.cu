@@ -6,7 +6,6 @@ namespace {
 
 constexpr int kMergeThreads = 128;
 constexpr int kGradientThreads = 128;
-constexpr int kColumnBlocks = 32;
 static_assert(kTileThreads <= kGroupThreads, "number_segments runs in a block of tiles");
 
 // Rows [a_begin, a_end) of a tile against columns [b_begin, b_end); `diagonal` leaves a < b.
@@ -92,7 +91,6 @@ __device__ void range_tiles(const RangeTiles<T>& t, std::int64_t tile_row, std::
     } else {
       select_cross(t, distances, labels, i, j);
     }
-    __syncthreads();
   }
 }
 
@@ -122,6 +120,7 @@ __global__ void merge_classes_kernel(TileCandidates<A> candidates, const std::in
   const std::int64_t begin = offsets[lesser(s, batch)], end = offsets[lesser(s + 1, batch)];
   merge_class(candidates, begin, end, order, batch, k, squared, ranges + s * k, pairs + s * k * 2);
   if (*num_classes > rows) {
+    __syncwarp();  // after what other lanes have written
     for (std::int64_t j = threadIdx.x % kWarp; j < k; j += kWarp) ranges[s * k + j] = A(NAN);
   }
 }
@@ -133,7 +132,7 @@ __global__ void pair_gradients_kernel(PairGradients<T> g) {
   const std::int64_t s = g.segment[i];
   const CenterGradient<A>& center = g.center;
   const A grad_loss = center.gradient ? *center.grad_loss : A(1);
-  A center_share = 0, start = 0;
+  A center_share = 0, start = s < g.rows ? A(0) : A(NAN);
   if (center.gradient) {
     start = *center.poison;
     if (s == center.pair[0] || s == center.pair[1]) {
@@ -193,6 +192,7 @@ void class_ranges_forward(const TensorView& features, const TensorView& labels,
   constexpr ScalarType kIndex = ScalarType::kInt64;
   const std::int64_t batch = features.size(0), dimensions = features.size(1);
   const std::int64_t rows = ranges.size(0), k = ranges.size(1);
+  require_ranges(k);
   const int device = features.device;
   const auto* position = pointer<const std::int64_t>(order, "order", kIndex, batch, device);
   dispatch_floating(features.dtype, "features", [&](auto zero) {

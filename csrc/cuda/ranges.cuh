@@ -89,7 +89,7 @@ struct CenterGradient {
 };
 
 // grad_i = center's share + sum over the pairs (i, o) of i's class of pair_scale * (x_i - x_o), all
-// times *grad_loss where a center is given. A segment beyond `rows` has no pairs.
+// times *grad_loss where a center is given. NaN for a segment beyond `rows`.
 template <class T>
 struct PairGradients {
   const T* features;

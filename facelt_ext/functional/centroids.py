@@ -39,7 +39,7 @@ def class_centroids(
     if backend == "reference":
         return reference.class_centroids(features, labels, max_classes=max_classes)
     groups = group_labels(labels, backend)
-    rows = number_of_classes(groups, max_classes, backend)
+    rows = number_of_classes(groups, max_classes)
     centroids, counts = ClassCentroidsFunction.apply(features, labels, groups, rows, backend)
     return ClassCentroids(classes_and_counts(labels, groups, rows)[0], centroids, counts)
 

@@ -32,16 +32,11 @@ def group_labels(labels: Tensor, backend: str) -> Groups:
     return Groups(*_group_labels(labels, backend))
 
 
-def number_of_classes(groups: Groups, max_classes: int | None, backend: str) -> int:
-    """How many rows a per-class result gets.
-
-    Reading the exact number waits for the GPU. Where the number was given, it is checked where that
-    costs nothing: on the CPU (the emulated backend does as CUDA does), or with debug_checks.
-    """
+def number_of_classes(groups: Groups, max_classes: int | None) -> int:
+    """How many rows a per-class result gets. Reading the exact number waits for the GPU."""
     if max_classes is None:
         return int(groups.num_classes.item())
-    free = groups.order.device.type == "cpu" and backend != "emulated"
-    if (free or _backend.debugging()) and not torch.compiler.is_compiling():
+    if _backend.debugging():
         classes = int(groups.num_classes.item())
         if classes > max_classes:
             raise ValueError(f"max_classes: {max_classes} is too small for {classes} classes")

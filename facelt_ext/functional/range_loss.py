@@ -33,7 +33,7 @@ def range_loss(
     Args:
         features: [B, D], float64, float32, bfloat16 or float16.
         labels: [B], any integers.
-        k: ranges per class, at least 1.
+        k: ranges per class, at least 1; time and memory (B·k) grow with it.
         margin: of the inter term, in the units of the distance (squared, if `squared`).
         alpha: weight of the intra term.
         beta: weight of the inter term.
@@ -49,9 +49,10 @@ def range_loss(
     check_matrix(features, "features")
     labels = checked_integers(labels, "labels", features, "features")
     check_count(k, "k")
-    check_number(margin, "margin")
-    check_number(alpha, "alpha")
-    check_number(beta, "beta")
+    dtype = compute_dtype(features.dtype)
+    check_number(margin, "margin", dtype)
+    check_number(alpha, "alpha", dtype)
+    check_number(beta, "beta", dtype)
     backend = _backend.current()
     # No class has more pairs than the batch; larger numbers would only cost memory.
     k = max(1, min(k, features.shape[0] * (features.shape[0] - 1) // 2))

@@ -52,7 +52,7 @@ def class_ranges(
     if backend == "reference":
         return reference.class_ranges(features, labels, k, squared=squared, max_classes=max_classes)
     groups = group_labels(labels, backend)
-    rows = number_of_classes(groups, max_classes, backend)
+    rows = number_of_classes(groups, max_classes)
     ranges, pairs = ClassRangesFunction.apply(
         features, labels, groups, rows, k, bool(squared), backend
     )
@@ -85,11 +85,10 @@ class ClassRangesFunction(torch.autograd.Function):
 
             grad = gradient_through_reference(again, features, grad_ranges)
         else:
-            scale = (
-                2 * grad_ranges
-                if ctx.squared
-                else torch.where(ranges == 0, 0, grad_ranges / ranges)
-            )
+            scale = 2 * grad_ranges if ctx.squared else grad_ranges / ranges
+            if not ctx.squared:
+                scale = torch.where(ranges == 0, 0, scale)
+            scale = torch.where(ranges.isnan(), ranges, scale)
             grad = call(_backward, features, segment, pairs, scale, ctx.backend)
         return grad, None, None, None, None, None, None
 
