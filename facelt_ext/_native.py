@@ -21,6 +21,7 @@ except ImportError as error:
         stacklevel=2,
     )
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 REBUILD = "FACELT_CUDA=on pip install --force-reinstall --no-deps --no-cache-dir facelt_ext"
 
 
@@ -55,7 +56,7 @@ def run(backend: str, like: Tensor, function: str, *args: object) -> None:
 def workspace(backend: str, like: Tensor, function: str, *args: int) -> Tensor:
     """Uninitialised memory of the size that the native function asks for."""
     size = getattr(_kernels(backend, like.device.type), function + "_workspace")(*args)
-    return torch.empty(size, dtype=torch.uint8, device=like.device)
+    return torch.empty(size, dtype=torch.uint8, device=like.device) if size else _NOTHING
 
 
 @functools.cache

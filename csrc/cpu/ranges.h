@@ -41,6 +41,7 @@ class RangeTasks {
     Task& task = tasks_[number];
     // A heap with the smallest candidate kept on top: what a new one has to beat.
     std::vector<Candidate<A>>& kept = task.candidates;
+    kept.reserve(std::min<std::size_t>(k_, kBlockRows));
     const auto offer = [&](std::int64_t a, std::int64_t b, A distance) {
       const Candidate<A> candidate{distance, a * batch_ + b};
       if (kept.size() == k_) {

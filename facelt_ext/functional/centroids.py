@@ -5,7 +5,7 @@ from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
 from facelt_ext._checks import check_count, check_matrix, checked_integers
-from facelt_ext._operators import call, operator
+from facelt_ext._operators import operator
 from facelt_ext.functional._second_order import gradient_through_reference
 from facelt_ext.functional.groups import classes_and_counts, group_labels, number_of_classes
 from facelt_ext.types import ClassCentroids, MinCentroidDistance, compute_dtype
@@ -79,8 +79,7 @@ def min_centroid_distance(
 class ClassCentroidsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, labels, groups, rows, backend):
-        centroids, counts = call(
-            _centroids_forward,
+        centroids, counts = _centroids_forward(
             features,
             groups.order,
             groups.offsets,
@@ -103,16 +102,14 @@ class ClassCentroidsFunction(torch.autograd.Function):
 
             grad = gradient_through_reference(again, features, grad_centroids)
         else:
-            grad = call(
-                _centroids_backward, grad_centroids, segment, counts, features.dtype, ctx.backend
-            )
+            grad = _centroids_backward(grad_centroids, segment, counts, features.dtype, ctx.backend)
         return grad, None, None, None, None
 
 
 class MinCentroidDistanceFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, centroids, counts, squared, backend):
-        distance, pair = call(_distance_forward, centroids, counts, squared, backend)
+        distance, pair = _distance_forward(centroids, counts, squared, backend)
         ctx.save_for_backward(centroids, counts, distance, pair)
         ctx.squared, ctx.backend = squared, backend
         ctx.mark_non_differentiable(pair)
@@ -128,8 +125,7 @@ class MinCentroidDistanceFunction(torch.autograd.Function):
 
             grad = gradient_through_reference(again, centroids, grad_distance)
         else:
-            grad = call(
-                _distance_backward,
+            grad = _distance_backward(
                 grad_distance,
                 centroids,
                 distance,

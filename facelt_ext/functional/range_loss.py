@@ -5,7 +5,7 @@ from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
 from facelt_ext._checks import check_count, check_matrix, check_number, checked_integers
-from facelt_ext._operators import call, operator
+from facelt_ext._operators import operator
 from facelt_ext.functional._second_order import gradient_through_reference
 from facelt_ext.types import compute_dtype
 
@@ -68,8 +68,8 @@ def range_loss(
 class RangeLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, labels, k, margin, alpha, beta, squared, backend):
-        loss, state_index, state_value = call(
-            _forward, features, labels, k, margin, alpha, beta, squared, backend
+        loss, state_index, state_value = _forward(
+            features, labels, k, margin, alpha, beta, squared, backend
         )
         ctx.save_for_backward(features, labels, state_index, state_value)
         ctx.options = (k, margin, alpha, beta, squared)
@@ -89,7 +89,7 @@ class RangeLossFunction(torch.autograd.Function):
 
             grad = gradient_through_reference(again, features, grad_loss)
         else:
-            grad = call(_backward, grad_loss, features, k, state_index, state_value, ctx.backend)
+            grad = _backward(grad_loss, features, k, state_index, state_value, ctx.backend)
         return grad, None, None, None, None, None, None, None
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
 from facelt_ext._checks import check_count, check_matrix, checked_integers
-from facelt_ext._operators import call, operator
+from facelt_ext._operators import operator
 from facelt_ext.functional._second_order import gradient_through_reference
 from facelt_ext.functional.groups import classes_and_counts, group_labels, number_of_classes
 from facelt_ext.types import ClassRanges, compute_dtype
@@ -63,9 +63,9 @@ def class_ranges(
 class ClassRangesFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, labels, groups, rows, k, squared, backend):
-        ranges, pairs = call(
-            _forward, features, labels, groups.order, groups.offsets, groups.num_classes, rows, k,
-            squared, backend,
+        ranges, pairs = _forward(
+            features, labels, groups.order, groups.offsets, groups.num_classes, rows, k, squared,
+            backend,
         )  # fmt: skip
         ctx.save_for_backward(features, labels, groups.segment, ranges, pairs)
         ctx.squared, ctx.backend = squared, backend
@@ -89,7 +89,7 @@ class ClassRangesFunction(torch.autograd.Function):
             if not ctx.squared:
                 scale = torch.where(ranges == 0, 0, scale)
             scale = torch.where(ranges.isnan(), ranges, scale)
-            grad = call(_backward, features, segment, pairs, scale, ctx.backend)
+            grad = _backward(features, segment, pairs, scale, ctx.backend)
         return grad, None, None, None, None, None, None
 
 
