@@ -85,9 +85,15 @@ def test_every_half_number_is_converted_as_torch_does(place, dtype):
 def test_the_reference_reckons_half_in_float32(dtype):
     x, labels = batch(0)
     x = x.to(dtype)
-    loss = reference.range_loss(x, labels, **OPTIONS)
-    assert loss.dtype == torch.float32
-    assert loss == reference.range_loss(x.float(), labels, **OPTIONS)
+
+    def everything(x):
+        yield reference.range_loss(x, labels, **OPTIONS)
+        yield reference.class_ranges(x, labels).ranges
+        yield reference.class_centroids(x, labels).centroids
+        yield reference.min_centroid_distance(x).distance
+
+    for narrow, wide in zip(everything(x), everything(x.float()), strict=True):
+        assert narrow.dtype == torch.float32 and torch.equal(narrow, wide)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

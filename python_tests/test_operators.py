@@ -199,6 +199,15 @@ def test_no_ranges_are_refused_by_the_operators_too(place):
         )
 
 
+def test_tracing_sees_the_operators(place):
+    """What follows tensors through the dispatcher, as FakeTensorMode does, is not passed by."""
+    with torch._subclasses.FakeTensorMode(), place.run():
+        x = torch.zeros(8, 3, device=place.device, requires_grad=True)
+        loss = functional.range_loss(x, torch.zeros(8, dtype=torch.int64, device=place.device))
+        (grad,) = torch.autograd.grad(loss, x)
+    assert isinstance(grad, torch._subclasses.FakeTensor) and grad.shape == x.shape
+
+
 def test_autocast_and_grad_scaling(place):
     x, labels = inputs(place.device)
     layer = torch.nn.Linear(5, 6, device=place.device)
