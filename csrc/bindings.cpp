@@ -117,6 +117,7 @@ PYBIND11_MODULE(_C, m) {
 #if defined(FACELT_WITH_EMULATION)
   py::module_ emulated = m.def_submodule("emulated");
   FACELT_BIND_BACKEND(emulated, emulated);
+  emulated.def("launches", facelt::emulation::launches);
   emulated.def("set_schedule", facelt::emulation::set_schedule, py::arg("schedule"),
                py::arg("seed") = 0);
 #endif

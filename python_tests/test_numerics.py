@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, EMULATED
 from strategies import HALF
 
-from facelt_ext import functional, reference
+from facelt_ext import _C, functional, reference
 
 OPTIONS = {"k": 2, "margin": 400.0, "alpha": 0.3, "beta": 0.07}
 
@@ -122,10 +122,6 @@ def test_any_number_of_threads_gives_the_same_bits():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_emulated_threads_in_any_order_give_the_same_bits(dtype):
     """What differs between orders is a missing barrier."""
-    from conftest import EMULATED
-
-    from facelt_ext import _C
-
     x, labels = batch(5, size=140, dimensions=37, classes=5)
     x = x.to(dtype)
 
@@ -182,3 +178,12 @@ def test_ranges_of_other_classes_stay_finite(any_place):
         result = functional.class_ranges(x, labels, 2)
     assert result.ranges[0].isnan().all() and result.ranges[1].isfinite().all()
     assert result.pairs[0].tolist() == [[0, 1], [0, 2]]
+
+
+@pytest.mark.emulation
+@pytest.mark.parametrize("size", [0, 1, 16, 150])
+def test_at_most_six_launches(size):
+    x, labels = batch(0, size=size)
+    before = _C.emulated.launches()
+    value_and_grad(EMULATED, x, labels)
+    assert 0 < _C.emulated.launches() - before <= 6

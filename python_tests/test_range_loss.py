@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import literal
 import numpy as np
 import pytest
@@ -260,3 +263,13 @@ def test_paper_defaults():
     assert repr(facelt_ext.RangeLoss()) == (
         "RangeLoss(k=2, margin=20000.0, alpha=1e-05, beta=0.0001, squared=True)"
     )
+
+
+def test_the_readme_says_what_it_is_equivalent_to():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    code = re.search(r"it is equivalent to\n\n```python\n(.*?)```", readme, re.DOTALL).group(1)
+    features = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([0, 1, 1, 2, 2, 2, 5, 5, 5, 5, 0, 7])
+    names = {"torch": torch, "features": features, "labels": labels, **WEIGHTS}
+    exec(code, names)
+    assert_close(functional.range_loss(features, labels, **WEIGHTS), names["loss"], torch.float64)

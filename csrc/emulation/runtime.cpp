@@ -1,6 +1,7 @@
 #include "runtime.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <exception>
 #include <memory>
@@ -31,6 +32,7 @@ struct Schedule {
   std::uint64_t seed = 0;
 };
 
+std::atomic<std::uint64_t> launch_count{0};
 std::mutex settings_mutex;
 Schedule schedule_setting;
 std::unordered_map<std::uintptr_t, std::size_t> dynamic_limits;
@@ -189,6 +191,7 @@ Engine& running(Site site) {
 }
 
 void Engine::run_grid(const Launch& launch) {
+  ++launch_count;
   launch_ = &launch;
   dynamic_limit_ = dynamic_limit(launch.kernel);
   static_bytes_ = 0;
@@ -461,6 +464,8 @@ void Engine::report_stuck() const {
 }
 
 }  // namespace
+
+std::uint64_t launches() { return launch_count; }
 
 void set_schedule(std::string_view name, std::uint64_t seed) {
   Schedule schedule{Order::kForward, seed};

@@ -17,4 +17,7 @@ class Error : public std::runtime_error {
 /// this process on: "forward" (the default), "reverse" or "random". Each launch starts `seed` anew.
 void set_schedule(std::string_view name, std::uint64_t seed = 0);
 
+/// How many kernels this process has launched.
+std::uint64_t launches();
+
 }  // namespace facelt::emulation
