@@ -17,12 +17,12 @@ except ImportError as error:
     _missing = str(error)
     warnings.warn(
         f"facelt_ext works without its native module, slowly, in plain PyTorch: {error}. "
-        "`pip install --force-reinstall --no-deps facelt_ext` builds it.",
+        "`pip install --force-reinstall --no-deps .` in the folder of its sources builds it.",
         stacklevel=2,
     )
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
-REBUILD = "FACELT_CUDA=on pip install --force-reinstall --no-deps --no-cache-dir facelt_ext"
+REBUILD = "FACELT_CUDA=on pip install --force-reinstall --no-deps ."
 
 
 def available() -> bool:
@@ -81,7 +81,7 @@ def _kernels(backend: str, device_type: str) -> ModuleType:
     if not hasattr(_C, "cuda"):
         raise RuntimeError(
             f"this build of facelt_ext has no CUDA kernels: {_C.build_info()['cuda_missing']}. "
-            f"`{REBUILD}` builds them."
+            f"`{REBUILD}` in the folder of its sources builds them."
         )
     _C.cuda.require_driver()
     return _C.cuda
