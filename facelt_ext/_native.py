@@ -56,7 +56,9 @@ def run(backend: str, like: Tensor, function: str, *args: object) -> None:
 def workspace(backend: str, like: Tensor, function: str, *args: int) -> Tensor:
     """Uninitialised memory of the size that the native function asks for."""
     size = getattr(_kernels(backend, like.device.type), function + "_workspace")(*args)
-    return torch.empty(size, dtype=torch.uint8, device=like.device) if size else _NOTHING
+    if size == 0 and like.device.type == "cpu":
+        return _NOTHING
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
 @functools.cache

@@ -59,6 +59,23 @@ def test_a_fake_tensor_has_no_memory():
         _C.no_operation(fake)
 
 
+def test_a_workspace_of_no_bytes_lies_where_its_tensors_do(monkeypatch):
+    kernels = type("Kernels", (), {"function_workspace": staticmethod(lambda: 0)})
+    monkeypatch.setattr(_native, "_kernels", lambda *_: kernels)
+    for device in ("cpu", "meta"):
+        like = torch.empty(0, device=device)
+        assert _native.workspace("native", like, "function").device == like.device
+
+
+def test_a_class_beyond_the_rows_has_a_gradient_of_nan():
+    grad, counts = torch.ones(1, 2), torch.tensor([3])
+    segment = torch.tensor([0, 1, 0])
+    result = torch.ops.facelt_ext.class_centroids_backward(
+        grad, segment, counts, torch.float32, "native"
+    )
+    assert result[1].isnan().all() and torch.equal(result[::2], torch.full((2, 2), 1 / 3))
+
+
 def test_the_thread_count_is_torchs(monkeypatch):
     seen = []
     kernels = type("Kernels", (), {"function": staticmethod(lambda *args: seen.append(args))})

@@ -44,7 +44,11 @@ void class_centroids_backward(const TensorView& grad_centroids, const TensorView
     advise_huge_pages(grad_features, sizeof(T));
 #pragma omp parallel for schedule(static) num_threads(threads(execution))
     for (std::int64_t i = 0; i < batch; ++i) {
-      if (classes[i] < 0 || classes[i] >= rows) continue;  // forward refuses too few rows
+      if (classes[i] < 0 || classes[i] >= rows) {
+        std::fill_n(out + i * dimensions, dimensions,
+                    narrow<T>(std::numeric_limits<A>::quiet_NaN()));
+        continue;
+      }
       const A* row = grad + classes[i] * dimensions;
       const A share = A(1) / static_cast<A>(sizes[classes[i]]);
       for (std::int64_t d = 0; d < dimensions; ++d) {
