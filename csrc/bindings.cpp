@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "build_config.h"
+#include "cpu/large_memory.h"
 #include "launchers.h"
 #include "tensor_caster.h"
 
@@ -13,6 +14,7 @@
 
 namespace py = pybind11;
 using facelt::Execution;
+using facelt::MarginSoftmaxOptions;
 using facelt::RangeLossOptions;
 using facelt::TensorView;
 
@@ -32,6 +34,12 @@ namespace {
     FACELT_BIND(m, backend, min_centroid_distance_backward);  \
     FACELT_BIND(m, backend, range_loss_forward);              \
     FACELT_BIND(m, backend, range_loss_backward);             \
+    FACELT_BIND(m, backend, normalize_rows);                  \
+    FACELT_BIND(m, backend, project_rows);                    \
+    FACELT_BIND(m, backend, margin_softmax_targets);          \
+    FACELT_BIND(m, backend, margin_softmax_normalizer);       \
+    FACELT_BIND(m, backend, margin_softmax_coefficients);     \
+    FACELT_BIND(m, backend, margin_softmax_gradient);         \
     FACELT_BIND(m, backend, group_labels_workspace);          \
     FACELT_BIND(m, backend, class_ranges_workspace);          \
     FACELT_BIND(m, backend, min_centroid_distance_workspace); \
@@ -99,6 +107,22 @@ struct type_caster<RangeLossOptions> {
   }
 };
 
+// (scale, angular_multiplier, normalize_features, normalize_weight, class_offset, num_classes,
+// ignore_index)
+template <>
+struct type_caster<MarginSoftmaxOptions> {
+  PYBIND11_TYPE_CASTER(MarginSoftmaxOptions,
+                       const_name("tuple[float, int, bool, bool, int, int, int]"));
+
+  bool load(handle source, bool) {
+    const auto [scale, multiplier, features, weight, offset, classes, ignored] = py::cast<
+        std::tuple<double, std::int64_t, bool, bool, std::int64_t, std::int64_t, std::int64_t>>(
+        source);
+    value = {scale, multiplier, features, weight, offset, classes, ignored};
+    return true;
+  }
+};
+
 }  // namespace pybind11::detail
 
 PYBIND11_MODULE(_C, m) {
@@ -106,6 +130,12 @@ PYBIND11_MODULE(_C, m) {
   facelt::TorchNames::get();
   m.def("build_info", build_info);
   m.def("no_operation", [](const TensorView&) {}, "Reads a tensor's layout; for measuring that.");
+
+  py::class_<facelt::cpu::LargeMemory>(m, "LargeMemory", py::buffer_protocol())
+      .def(py::init<std::size_t>(), py::arg("bytes"))
+      .def_buffer([](const facelt::cpu::LargeMemory& memory) {
+        return py::buffer_info(static_cast<std::uint8_t*>(memory.data()), memory.size());
+      });
 
   py::module_ cpu = m.def_submodule("cpu");
   FACELT_BIND_BACKEND(cpu, cpu);

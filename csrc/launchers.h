@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "margin.h"
 #include "tensor_view.h"
 
 namespace facelt {

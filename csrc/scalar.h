@@ -147,4 +147,28 @@ void dispatch_floating(ScalarType dtype, const char* name, Function&& function) 
   }
 }
 
+// Calls function(S{}, T{}) for two equal dtypes, or for float32 and a half type.
+template <class Function>
+void dispatch_pair(ScalarType first, ScalarType second, const char* first_name,
+                   const char* second_name, Function&& function) {
+  dispatch_floating(first, first_name, [&](auto s) {
+    dispatch_floating(second, second_name, [&](auto t) {
+      using S = decltype(s);
+      using T = decltype(t);
+      constexpr bool kSame = Scalar<S>::kType == Scalar<T>::kType;
+      constexpr bool kWide =
+          Scalar<S>::kType == ScalarType::kFloat32 || Scalar<T>::kType == ScalarType::kFloat32;
+      constexpr bool kDouble =
+          Scalar<S>::kType == ScalarType::kFloat64 || Scalar<T>::kType == ScalarType::kFloat64;
+      if constexpr (kSame || (kWide && !kDouble)) {
+        function(s, t);
+      } else {
+        throw std::invalid_argument(std::string(first_name) + ": no kernel takes " +
+                                    name_of(first) + " with " + second_name + " of " +
+                                    name_of(second));
+      }
+    });
+  });
+}
+
 }  // namespace facelt

@@ -16,6 +16,11 @@ inline const char* name_of(ScalarType type) {
   return kNames[static_cast<int>(type)];
 }
 
+inline std::int64_t size_of(ScalarType type) {
+  constexpr std::int64_t kSizes[] = {8, 4, 2, 2, 8, 1};
+  return kSizes[static_cast<int>(type)];
+}
+
 constexpr int kCpuDevice = -1;
 
 struct TensorView {

@@ -105,6 +105,66 @@ class Backend(Protocol):
         grad_features: Tensor,
         execution: int,
     ) -> None: ...
+    def normalize_rows(
+        self, x: Tensor, inverse_norms: Tensor, normalized: Tensor, execution: int
+    ) -> None: ...
+    def project_rows(
+        self,
+        raw: Tensor,
+        x: Tensor,
+        inverse_norms: Tensor,
+        gain: Tensor,
+        scaled: bool,
+        grad_x: Tensor,
+        execution: int,
+    ) -> None: ...
+    def margin_softmax_targets(
+        self,
+        features: Tensor,
+        inverse_feature_norms: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        cosine_margin: Tensor,
+        angular_margin: Tensor,
+        options: tuple[float, int, bool, bool, int, int, int],
+        targets: Tensor,
+        execution: int,
+    ) -> None: ...
+    def margin_softmax_normalizer(
+        self,
+        products: Tensor,
+        column_scales: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        first_class: int,
+        scale: float,
+        start: bool,
+        normalizer: Tensor,
+        execution: int,
+    ) -> None: ...
+    def margin_softmax_coefficients(
+        self,
+        grad_losses: Tensor,
+        labels: Tensor,
+        options: tuple[float, int, bool, bool, int, int, int],
+        coefficients: Tensor,
+        weight_gain: Tensor,
+        feature_gain: Tensor,
+        execution: int,
+    ) -> None: ...
+    def margin_softmax_gradient(
+        self,
+        products: Tensor,
+        column_scales: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        coefficients: Tensor,
+        first_class: int,
+        scale: float,
+        gradient: Tensor,
+        execution: int,
+    ) -> None: ...
 
 class CudaBackend(Backend, Protocol):
     def require_driver(self) -> None: ...
@@ -112,6 +172,11 @@ class CudaBackend(Backend, Protocol):
 class EmulatedBackend(Backend, Protocol):
     def launches(self) -> int: ...
     def set_schedule(self, schedule: str, seed: int = 0) -> None: ...
+
+class LargeMemory:
+    """Writable memory with the buffer protocol, kept for its next owner when it is freed."""
+
+    def __init__(self, bytes: int) -> None: ...
 
 cpu: Backend
 cuda: CudaBackend

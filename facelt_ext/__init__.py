@@ -6,13 +6,27 @@ import torch  # noqa: F401
 from facelt_ext import functional, reference
 from facelt_ext._backend import debug_checks, use_backend
 from facelt_ext._native import build_info
-from facelt_ext.losses import RangeLoss
+from facelt_ext.losses import (
+    ArcFaceLoss,
+    CosFaceLoss,
+    DomainBalancingLoss,
+    RangeLoss,
+    ResidualBalancingModule,
+    SphereFaceLoss,
+    convert_state_dict,
+)
 
 __version__ = build_info()["version"]
 
 __all__ = [
+    "ArcFaceLoss",
+    "CosFaceLoss",
+    "DomainBalancingLoss",
     "RangeLoss",
+    "ResidualBalancingModule",
+    "SphereFaceLoss",
     "build_info",
+    "convert_state_dict",
     "debug_checks",
     "functional",
     "reference",

@@ -22,6 +22,8 @@ except ImportError as error:
     )
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
+# Bytes from which on page faults matter.
+LARGE = 4 << 20
 REBUILD = "FACELT_CUDA=on pip install --force-reinstall --no-deps ."
 
 
@@ -59,6 +61,13 @@ def workspace(backend: str, like: Tensor, function: str, *args: int) -> Tensor:
     if size == 0 and like.device.type == "cpu":
         return _NOTHING
     return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
+def large_output(like: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory where `like` lies, [count]; on the CPU the one that a step before freed."""
+    if _C is None or not like.is_cpu or count * dtype.itemsize < LARGE:
+        return torch.empty(count, dtype=dtype, device=like.device)
+    return torch.frombuffer(_C.LargeMemory(count * dtype.itemsize), dtype=dtype, count=count)
 
 
 @functools.cache

@@ -47,6 +47,14 @@ class MinCentroidDistance(NamedTuple):
     pair: Tensor
 
 
+class DomainFrequency(NamedTuple):
+    """indicators [N], compactness [N], and how many indicators were clamped, int64 []."""
+
+    indicators: Tensor
+    compactness: Tensor
+    clamped: Tensor
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -16,7 +16,7 @@ void class_centroids_forward(const TensorView& features, const TensorView& order
     using T = decltype(zero);
     const T* x = input<T>(features, "features", batch * dimensions);
     Compute<T>* out = output<Compute<T>>(centroids, "centroids", rows * dimensions);
-    advise_huge_pages(centroids, sizeof(Compute<T>));
+    advise_huge_pages(centroids);
     FirstException failure;
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads(execution))
     for (std::int64_t s = 0; s < rows; ++s) {
@@ -41,7 +41,7 @@ void class_centroids_backward(const TensorView& grad_centroids, const TensorView
     using A = Compute<T>;
     const A* grad = input<A>(grad_centroids, "grad_centroids", rows * dimensions);
     T* out = output<T>(grad_features, "grad_features", batch * dimensions);
-    advise_huge_pages(grad_features, sizeof(T));
+    advise_huge_pages(grad_features);
 #pragma omp parallel for schedule(static) num_threads(threads(execution))
     for (std::int64_t i = 0; i < batch; ++i) {
       if (classes[i] < 0 || classes[i] >= rows) {

@@ -113,7 +113,7 @@ void range_loss_backward(const TensorView& grad_loss, const TensorView& features
     const A grad = *input<A>(grad_loss, "grad_loss", 1);
     const A poison = *state.poison;
     const RowKernels<A>& kernels = row_kernels<A>();
-    advise_huge_pages(grad_features, sizeof(T));
+    advise_huge_pages(grad_features);
     const auto begin_row = [&](std::int64_t i, A* row) {
       const std::int64_t s = state.segment[i];
       const bool first = s == state.center_pair[0], second = s == state.center_pair[1];

@@ -42,7 +42,7 @@ void class_ranges_backward(const TensorView& features, const TensorView& segment
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using T = decltype(zero);
     using A = Compute<T>;
-    advise_huge_pages(grad_features, sizeof(T));
+    advise_huge_pages(grad_features);
     write_pair_gradients(
         input<T>(features, "features", batch * dimensions), batch, dimensions,
         index_pointer(segment, "segment", batch), index_pointer(pairs, "pairs", rows * k * 2),

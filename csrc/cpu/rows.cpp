@@ -12,6 +12,7 @@ namespace baseline {
 constexpr int kVectorBytes = 16;
 constexpr int kColumnsAtOnce = 2;
 #include "rows.inc"
+#include "softmax_rows.inc"
 }  // namespace baseline
 
 #if defined(FACELT_X86_VERSIONS)
@@ -26,6 +27,7 @@ namespace avx2 {
 constexpr int kVectorBytes = 32;
 constexpr int kColumnsAtOnce = 2;
 #include "rows.inc"
+#include "softmax_rows.inc"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -40,6 +42,7 @@ namespace avx512 {
 constexpr int kVectorBytes = 64;
 constexpr int kColumnsAtOnce = 4;
 #include "rows.inc"
+#include "softmax_rows.inc"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -69,6 +72,14 @@ const RowKernels<A>& row_kernels() {
   return chosen;
 }
 
+template <class A>
+const SoftmaxKernels<A>& softmax_kernels() {
+  static const SoftmaxKernels<A>& chosen = has_avx512() ? avx512::SoftmaxRows<A>::kTable
+                                           : has_avx2() ? avx2::SoftmaxRows<A>::kTable
+                                                        : baseline::SoftmaxRows<A>::kTable;
+  return chosen;
+}
+
 template <class T>
 const ConversionKernels<T>& conversion_kernels() {
   static const ConversionKernels<T>& chosen = has_avx512() ? avx512::Conversions<T>::kTable
@@ -84,6 +95,11 @@ const RowKernels<A>& row_kernels() {
   return baseline::Rows<A>::kTable;
 }
 
+template <class A>
+const SoftmaxKernels<A>& softmax_kernels() {
+  return baseline::SoftmaxRows<A>::kTable;
+}
+
 template <class T>
 const ConversionKernels<T>& conversion_kernels() {
   return baseline::Conversions<T>::kTable;
@@ -93,6 +109,8 @@ const ConversionKernels<T>& conversion_kernels() {
 
 template const RowKernels<float>& row_kernels<float>();
 template const RowKernels<double>& row_kernels<double>();
+template const SoftmaxKernels<float>& softmax_kernels<float>();
+template const SoftmaxKernels<double>& softmax_kernels<double>();
 template const ConversionKernels<BFloat16>& conversion_kernels<BFloat16>();
 template const ConversionKernels<Float16>& conversion_kernels<Float16>();
 

@@ -20,6 +20,23 @@ struct RowKernels {
   // out += factor * (x - y)
   void (*add_scaled_difference)(const A* x, const A* y, A factor, A* out, std::int64_t n);
   bool (*all_finite)(const A* x, std::int64_t n);
+  A (*dot)(const A* x, const A* y, std::int64_t n);
+  // out = factor * (raw - c * v), where v = inverse_norm * x and c = v . raw: the gradient through
+  // x / |x|. out may be raw.
+  void (*project)(const A* raw, const A* x, A inverse_norm, A factor, A* out, std::int64_t n);
+};
+
+// Logits are scale * products, times a scale of their column where there are any.
+template <class A>
+struct SoftmaxKernels {
+  void (*logits)(const A* products, const A* column_scales, A scale, A* out, std::int64_t n);
+  A (*maximum)(const A* x, std::int64_t n);           // knows nothing of NaN
+  A (*sum_exp)(const A* x, A shift, std::int64_t n);  // of exp(x - shift)
+  // out = factor * column scale * exp(logit - shift); out may be products
+  void (*exponentials)(const A* products, const A* column_scales, A scale, A shift, A factor,
+                       A* out, std::int64_t n);
+  // Appends to `kept` what is not <= threshold, in order; returns how many that were.
+  std::int64_t (*keep_above)(const A* x, A threshold, A* kept, std::int64_t n);
 };
 
 template <class T>
@@ -30,6 +47,9 @@ struct ConversionKernels {
 
 template <class A>
 const RowKernels<A>& row_kernels();
+
+template <class A>
+const SoftmaxKernels<A>& softmax_kernels();
 
 template <class T>
 const ConversionKernels<T>& conversion_kernels();

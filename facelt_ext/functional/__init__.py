@@ -1,7 +1,17 @@
 """The losses and their parts as functions; see each one's docstring for the paper and equation."""
 
 from facelt_ext.functional.centroids import class_centroids, min_centroid_distance
+from facelt_ext.functional.compactness import domain_frequency_indicator, inter_class_compactness
+from facelt_ext.functional.margin_softmax import margin_softmax_loss
 from facelt_ext.functional.range_loss import range_loss
 from facelt_ext.functional.ranges import class_ranges
 
-__all__ = ["class_centroids", "class_ranges", "min_centroid_distance", "range_loss"]
+__all__ = [
+    "class_centroids",
+    "class_ranges",
+    "domain_frequency_indicator",
+    "inter_class_compactness",
+    "margin_softmax_loss",
+    "min_centroid_distance",
+    "range_loss",
+]

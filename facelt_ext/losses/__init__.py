@@ -1,5 +1,20 @@
 """The papers' losses as modules, called as `loss(features, labels)`."""
 
+from facelt_ext.losses.domain_balancing import DomainBalancingLoss, ResidualBalancingModule
+from facelt_ext.losses.margin_softmax import (
+    ArcFaceLoss,
+    CosFaceLoss,
+    SphereFaceLoss,
+    convert_state_dict,
+)
 from facelt_ext.losses.range_loss import RangeLoss
 
-__all__ = ["RangeLoss"]
+__all__ = [
+    "ArcFaceLoss",
+    "CosFaceLoss",
+    "DomainBalancingLoss",
+    "RangeLoss",
+    "ResidualBalancingModule",
+    "SphereFaceLoss",
+    "convert_state_dict",
+]

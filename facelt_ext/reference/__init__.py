@@ -5,14 +5,22 @@ and are differentiable any number of times.
 """
 
 from facelt_ext.reference.centroids import class_centroids, min_centroid_distance
+from facelt_ext.reference.compactness import (
+    domain_frequency_indicator,
+    inter_class_compactness,
+)
 from facelt_ext.reference.groups import group_labels
+from facelt_ext.reference.margin_softmax import margin_softmax_loss
 from facelt_ext.reference.range_loss import range_loss
 from facelt_ext.reference.ranges import class_ranges
 
 __all__ = [
     "class_centroids",
     "class_ranges",
+    "domain_frequency_indicator",
     "group_labels",
+    "inter_class_compactness",
+    "margin_softmax_loss",
     "min_centroid_distance",
     "range_loss",
 ]

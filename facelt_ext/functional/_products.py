@@ -1,0 +1,111 @@
+"""Matrix products between rows that are normalised on the way, in chunks of classes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from facelt_ext import _native
+from facelt_ext.types import compute_dtype
+
+# Bytes of a chunk's products, and of its rows of the weight. On the CPU both stay in its caches; on
+# a GPU a chunk is large beside what launching its kernels costs.
+CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 27}
+ROW_BYTES = {"cpu": 4 << 20, "cuda": 1 << 26}
+# Chunks begin where vector loads are aligned.
+MULTIPLE = 64
+HALF = (torch.bfloat16, torch.float16)
+
+
+def product_dtype(features: torch.dtype, weight: torch.dtype, device: str) -> torch.dtype:
+    """What the products are in: autocast's type, or the features', to which float32 rows adapt."""
+    half = features in HALF or weight in HALF
+    if torch.is_autocast_enabled(device) and torch.float64 not in (features, weight):
+        return torch.get_autocast_dtype(device)
+    if weight == features or (half and weight == torch.float32):
+        return features
+    wanted = f"{features}" + (" or torch.float32" if features in HALF else "")
+    raise TypeError(f"weight: expected dtype {wanted}, as the features, got {weight}")
+
+
+def convertible(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a type that the kernels turn into `dtype`, which is all but the other half type."""
+    return x if x.dtype in (dtype, torch.float32) else x.to(torch.float32)
+
+
+def autocast_off(device: str) -> contextlib.AbstractContextManager:
+    """For products whose dtype was decided before."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def chunk_size(batch: int, dimensions: int, dtype: torch.dtype, device: str) -> int:
+    """Classes in a chunk; it depends on nothing that may change between forward and backward."""
+    size = min(
+        CHUNK_BYTES[device] // (max(batch, 1) * dtype.itemsize),
+        ROW_BYTES[device] // (dimensions * dtype.itemsize),
+    )
+    return max(MULTIPLE, size // MULTIPLE * MULTIPLE)
+
+
+def normalized_rows(x: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
+    """x / |x| in `dtype` and 1 / |x| in the compute dtype."""
+    rows = torch.empty(x.shape, dtype=dtype, device=x.device)
+    inverse_norms = x.new_empty(len(x), dtype=compute_dtype(dtype))
+    _native.run(backend, x, "normalize_rows", x, inverse_norms, rows)
+    return rows, inverse_norms
+
+
+class WeightChunks:
+    """A weight's rows, chunk after chunk, as products take them.
+
+    Rows in the products' dtype are taken as they are, and `scales` then holds what their products
+    are to be multiplied with; others are normalised while they are converted.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        normalize: bool,
+        dtype: torch.dtype,
+        size: int,
+        backend: str,
+        inverse_norms: Tensor | None = None,
+    ) -> None:
+        self.weight, self.normalize, self.dtype, self.size = weight, normalize, dtype, size
+        self.backend = backend
+        self._known = inverse_norms is not None
+        count = len(weight) if normalize else 0
+        compute = compute_dtype(dtype)
+        self.inverse_norms = (
+            weight.new_empty(count, dtype=compute) if not self._known else inverse_norms
+        )
+        self._nothing = weight.new_empty(0, dtype=dtype)
+        self._no_scales = weight.new_empty(0, dtype=compute)
+        converted = min(size, len(weight)) if weight.dtype != dtype else 0
+        self._rows = weight.new_empty(converted, weight.shape[1], dtype=dtype)
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The first class, rows [C, D] in the products' dtype, and scales [C] or none."""
+        for first in range(0, len(self.weight), self.size):
+            chunk = self.weight[first : first + self.size]
+            yield first, *self._prepared(chunk, self.inverse_norms[first : first + self.size])
+        self._known = True
+
+    def _prepared(self, chunk: Tensor, inverse_norms: Tensor) -> tuple[Tensor, Tensor]:
+        if chunk.dtype == self.dtype:
+            if self.normalize and not self._known:
+                _native.run(
+                    self.backend, chunk, "normalize_rows", chunk, inverse_norms, self._nothing
+                )
+            return chunk, inverse_norms if self.normalize else self._no_scales
+        rows = self._rows[: len(chunk)]
+        if self.normalize:
+            _native.run(self.backend, chunk, "normalize_rows", chunk, inverse_norms, rows)
+        else:
+            rows.copy_(chunk)
+        return rows, self._no_scales

@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from facelt_ext import _backend, _native, reference
+from facelt_ext._checks import (
+    check_choice,
+    check_class_range,
+    check_count,
+    check_integer,
+    check_positive,
+    check_weight,
+    checked_integers,
+    checked_margin,
+)
+from facelt_ext._operators import operator
+from facelt_ext.functional._products import (
+    WeightChunks,
+    autocast_off,
+    chunk_size,
+    convertible,
+    normalized_rows,
+    product_dtype,
+)
+from facelt_ext.functional._second_order import gradients_through_reference
+from facelt_ext.reference.margin_softmax import reduced
+from facelt_ext.types import compute_dtype
+
+# What `workspace="auto"` lets the products of a batch take, in bytes.
+KEPT_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}
+
+
+def margin_softmax_loss(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 64.0,
+    cosine_margin: float | Tensor = 0.0,
+    angular_margin: float | Tensor = 0.0,
+    angular_multiplier: int = 1,
+    normalize_features: bool = True,
+    normalize_weight: bool = True,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    workspace: str = "auto",
+) -> Tensor:
+    """Softmax cross-entropy over the classes' cosines, with a margin on the target's.
+
+    The logit of class n is `scale * cos(theta_n)`, that of the target
+    `scale * (psi(angular_multiplier * theta + angular_margin) - cosine_margin)`, where psi is the
+    cosine, continued so that it falls beyond pi. This is CosFace (Wang et al., arXiv:1801.09414,
+    eq. 4), ArcFace (Deng et al., arXiv:1801.07698, eq. 3), SphereFace (Liu et al.,
+    arXiv:1704.08063, eq. 7), and plain softmax with neither normalisation. Gradients are the true
+    derivatives; at |cos(theta)| = 1, where that of an angular margin grows without bound, it is
+    taken as where sin(theta) = 1e-4. A row of zeros has cosine 0, with gradient 0.
+
+    No tensor of the size of the classes times the batch is made (but see `workspace`), and none of
+    the size of the weight beside its gradient.
+
+    Args:
+        features: [B, D], float64, float32, bfloat16 or float16.
+        weight: [N, D], a row per class, in the features' dtype or float32.
+        labels: [B], integers in [0, N) or `ignore_index`.
+        scale: of the cosines, positive.
+        cosine_margin: taken off the target's cosine; a number, one per class [N] or one per sample
+            [B, 1]. No gradient goes to it.
+        angular_margin: added to the target's angle, in radians, at least 0; as above.
+        angular_multiplier: of the target's angle, an integer of at least 1.
+        normalize_features: False multiplies each sample's logits with the norm of its feature.
+        normalize_weight: False takes the rows as they are, and allows no margin.
+        reduction: "mean" (over the samples that are not ignored; of none it is 0), "sum" or "none".
+        ignore_index: samples with this label have loss 0 and gradient 0.
+        workspace: "low" keeps nothing for the backward and computes the products again: four matrix
+            products, memory for one chunk of classes. "high" keeps B * N numbers of the products'
+            dtype: three. "auto" is "high" up to 256 MiB on the CPU and 512 MiB on a GPU.
+
+    Products are made in the features' dtype, or autocast's; everything between them in float32
+    (float64 for float64). With half features and a float32 weight, the weight is converted chunk by
+    chunk, and its gradient is float32.
+
+    Returns:
+        The loss, [] or [B]: float64 for float64 features, float32 otherwise. There is no host
+        synchronisation on CUDA: there a label out of range makes the loss NaN, and its sample's
+        feature gradient; `facelt_ext.debug_checks(True)` makes it a ValueError, as on the CPU.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+    """
+    check_weight(weight, features)
+    labels = checked_integers(labels, "labels", features, "features")
+    dtype = product_dtype(features.dtype, weight.dtype, features.device.type)
+    features, weight = convertible(features, dtype), convertible(weight, dtype)
+    compute = compute_dtype(dtype)
+    check_positive(scale, "scale", compute)
+    check_count(angular_multiplier, "angular_multiplier")
+    check_integer(ignore_index, "ignore_index")
+    check_choice(reduction, "reduction", ("none", "mean", "sum"))
+    check_choice(workspace, "workspace", ("low", "high", "auto"))
+    cosine_margin = checked_margin(cosine_margin, "cosine_margin", features, weight, -math.inf)
+    angular_margin = checked_margin(angular_margin, "angular_margin", features, weight, 0)
+    if not normalize_weight and (
+        angular_multiplier > 1 or _has_margin(cosine_margin, angular_margin)
+    ):
+        raise ValueError("normalize_weight: margins need it to be True, got False")
+    backend = _backend.current()
+    if backend == "reference" or _backend.debugging():
+        check_class_range(labels, "labels", len(weight), ignore_index)
+    if backend == "reference":
+        with autocast_off(features.device.type):
+            return reference.margin_softmax_loss(
+                features, weight, labels, scale=scale, cosine_margin=cosine_margin,
+                angular_margin=angular_margin, angular_multiplier=angular_multiplier,
+                normalize_features=normalize_features, normalize_weight=normalize_weight,
+                reduction=reduction, ignore_index=ignore_index,
+            )  # fmt: skip
+    options = (
+        float(scale), angular_multiplier, bool(normalize_features), bool(normalize_weight), 0,
+        len(weight), ignore_index,
+    )  # fmt: skip
+    wants_gradient = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
+    keep = wants_gradient and _keeps_products(workspace, features, weight, dtype)
+    losses = MarginSoftmaxFunction.apply(
+        features, weight, labels, _margins_of(cosine_margin, labels, len(weight), compute),
+        _margins_of(angular_margin, labels, len(weight), compute), options, keep, dtype, backend,
+    )  # fmt: skip
+    return reduced(losses, labels != ignore_index, reduction)
+
+
+def _has_margin(*margins: float | Tensor) -> bool:
+    return any(isinstance(margin, Tensor) or margin != 0 for margin in margins)
+
+
+def _margins_of(margin: float | Tensor, labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """Each sample's margin, [B]; what a label out of range gets is never used."""
+    if not isinstance(margin, Tensor):
+        return torch.full(labels.shape, margin, dtype=dtype, device=labels.device)
+    own = margin[:, 0] if margin.ndim == 2 else margin[labels.clamp(0, classes - 1)]
+    return own.to(dtype)
+
+
+def _keeps_products(workspace: str, features: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    if workspace != "auto":
+        return workspace == "high"
+    budget = KEPT_BYTES.get(features.device.type, 0)
+    return features.shape[0] * weight.shape[0] * dtype.itemsize <= budget
+
+
+class MarginSoftmaxFunction(torch.autograd.Function):
+    """The loss of each sample, [B]. `options` are those of csrc/margin.h."""
+
+    @staticmethod
+    def forward(
+        ctx, features, weight, labels, cosine_margin, angular_margin, options, keep, dtype, backend
+    ):
+        lse, targets, inverse_norms, products = _forward(
+            features, weight, labels, cosine_margin, angular_margin, *options, keep, dtype, backend
+        )
+        ctx.save_for_backward(
+            features, weight, labels, cosine_margin, angular_margin, lse, targets, inverse_norms,
+            products,
+        )  # fmt: skip
+        ctx.options, ctx.dtype, ctx.backend = options, dtype, backend
+        return torch.where(labels == options[-1], 0, lse - targets[0])
+
+    @staticmethod
+    def backward(ctx, grad_losses):
+        features, weight, labels, cosine_margin, angular_margin, *state = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            scale, multiplier, normalize_features, normalize_weight, _, _, ignored = ctx.options
+
+            def again(features: Tensor, weight: Tensor) -> Tensor:
+                return reference.margin_softmax_loss(
+                    features, weight, labels, scale=scale, cosine_margin=cosine_margin[:, None],
+                    angular_margin=angular_margin[:, None], angular_multiplier=multiplier,
+                    normalize_features=normalize_features, normalize_weight=normalize_weight,
+                    reduction="none", ignore_index=ignored,
+                )  # fmt: skip
+
+            with autocast_off(features.device.type):
+                grads = gradients_through_reference(again, (features, weight), wanted, grad_losses)
+        else:
+            grads = _backward(
+                grad_losses, features, weight, labels, *state, *ctx.options, *wanted, ctx.dtype,
+                ctx.backend,
+            )  # fmt: skip
+            grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+        return *grads, None, None, None, None, None, None, None
+
+
+OPTIONS = (
+    "float scale, SymInt angular_multiplier, bool normalize_features, bool normalize_weight,"
+    " SymInt class_offset, SymInt num_classes, SymInt ignore_index"
+)
+
+
+def _forward_fake(
+    features, weight, labels, cosine_margin, angular_margin, scale, angular_multiplier,
+    normalize_features, normalize_weight, class_offset, num_classes, ignore_index, keep, dtype,
+    backend,
+):  # fmt: skip
+    batch, rows = features.shape[0], weight.shape[0]
+    compute = compute_dtype(dtype)
+    return (
+        features.new_empty(batch, dtype=compute),
+        features.new_empty(3, batch, dtype=compute),
+        weight.new_empty(rows if normalize_weight else 0, dtype=compute),
+        features.new_empty(batch * rows if keep else 0, dtype=dtype),
+    )
+
+
+@operator(
+    "margin_softmax_forward(Tensor features, Tensor weight, Tensor labels, Tensor cosine_margin,"
+    f" Tensor angular_margin, {OPTIONS}, bool keep, ScalarType dtype, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+def _forward(
+    features, weight, labels, cosine_margin, angular_margin, scale, angular_multiplier,
+    normalize_features, normalize_weight, class_offset, num_classes, ignore_index, keep, dtype,
+    backend,
+):  # fmt: skip
+    """lse [B], targets [3, B], 1 / norms of the weight's rows [N], kept products (B * N or none).
+
+    The weight may be a shard, whose first row is class `class_offset` out of `num_classes`: then
+    lse is the shard's, and the target of a sample whose class lies elsewhere is 0.
+    """
+    features, weight, labels = features.contiguous(), weight.contiguous(), labels.contiguous()
+    options = (
+        scale, angular_multiplier, normalize_features, normalize_weight, class_offset, num_classes,
+        ignore_index,
+    )  # fmt: skip
+    batch, compute = len(features), compute_dtype(dtype)
+    operand, inverse_feature_norms = _operand(features, normalize_features, dtype, backend)
+    targets = features.new_empty(3, batch, dtype=compute)
+    _native.run(
+        backend, features, "margin_softmax_targets", features, inverse_feature_norms, weight,
+        labels, cosine_margin.contiguous(), angular_margin.contiguous(), options, targets,
+    )  # fmt: skip
+    size = chunk_size(batch, features.shape[1], dtype, features.device.type)
+    chunks = WeightChunks(weight, normalize_weight, dtype, size, backend)
+    kept = len(weight) if keep else min(size, len(weight))
+    products = _native.large_output(features, batch * kept, dtype)
+    normalizer = features.new_empty(2, batch, dtype=compute)
+    with autocast_off(features.device.type):
+        for first, rows, scales in chunks:
+            chunk = _chunk_of(products, first if keep else 0, batch, len(rows))
+            torch.mm(operand, rows.t(), out=chunk)
+            _native.run(
+                backend, features, "margin_softmax_normalizer", chunk, scales, labels, targets,
+                class_offset + first, scale, first == 0, normalizer,
+            )  # fmt: skip
+    lse = normalizer[0] + normalizer[1].log()
+    return lse, targets, chunks.inverse_norms, products if keep else products.new_empty(0)
+
+
+def _backward_fake(
+    grad_losses, features, weight, labels, lse, targets, inverse_norms, products, scale,
+    angular_multiplier, normalize_features, normalize_weight, class_offset, num_classes,
+    ignore_index, wants_features, wants_weight, dtype, backend,
+):  # fmt: skip
+    return (
+        features.new_empty(features.shape if wants_features else (0,)),
+        weight.new_empty(weight.shape if wants_weight else (0,)),
+    )
+
+
+@operator(
+    "margin_softmax_backward(Tensor grad_losses, Tensor features, Tensor weight, Tensor labels,"
+    f" Tensor lse, Tensor targets, Tensor inverse_norms, Tensor products, {OPTIONS},"
+    " bool wants_features, bool wants_weight, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    _backward_fake,
+)
+def _backward(
+    grad_losses, features, weight, labels, lse, targets, inverse_norms, products, scale,
+    angular_multiplier, normalize_features, normalize_weight, class_offset, num_classes,
+    ignore_index, wants_features, wants_weight, dtype, backend,
+):  # fmt: skip
+    """The gradients of lse - target, times grad_losses [B]. lse is that over all shards."""
+    features, weight, labels = features.contiguous(), weight.contiguous(), labels.contiguous()
+    options = (
+        scale, angular_multiplier, normalize_features, normalize_weight, class_offset, num_classes,
+        ignore_index,
+    )  # fmt: skip
+    batch, dimensions = features.shape
+    compute, device = compute_dtype(dtype), features.device.type
+    coefficients, weight_gain, feature_gain = (
+        features.new_empty(count, dtype=compute) for count in (batch, 1, batch)
+    )
+    _native.run(
+        backend, features, "margin_softmax_coefficients", grad_losses.contiguous(), labels, options,
+        coefficients, weight_gain, feature_gain,
+    )  # fmt: skip
+    operand, inverse_feature_norms = _operand(features, normalize_features, dtype, backend)
+    # What takes no part may hold anything, and 0 * NaN would spread.
+    operand = torch.where(coefficients[:, None] == 0, 0, operand)
+    size = chunk_size(batch, dimensions, dtype, device)
+    chunks = WeightChunks(weight, normalize_weight, dtype, size, backend, inverse_norms)
+    scratch = features.new_empty(batch * min(size, len(weight)), dtype=dtype)
+    grad_operand = features.new_zeros(features.shape if wants_features else (0,), dtype=compute)
+    grad_weight = _native.large_output(weight, weight.numel() if wants_weight else 0, weight.dtype)
+    grad_weight = grad_weight.view(weight.shape if wants_weight else (0,))
+    raw_rows = weight.new_empty(
+        (min(size, len(weight)) if wants_weight and weight.dtype != dtype else 0, dimensions),
+        dtype=dtype,
+    )
+    with autocast_off(device):
+        for first, rows, scales in chunks:
+            gradient = _chunk_of(scratch, 0, batch, len(rows))
+            chunk = _chunk_of(products, first, batch, len(rows)) if len(products) else gradient
+            if chunk is gradient:
+                torch.mm(operand, rows.t(), out=chunk)
+            _native.run(
+                backend, features, "margin_softmax_gradient", chunk, scales, labels, targets, lse,
+                coefficients, class_offset + first, scale, gradient,
+            )  # fmt: skip
+            if wants_features:
+                _add_product(grad_operand, gradient, rows)
+            if wants_weight:
+                target = grad_weight[first : first + len(rows)]
+                raw = raw_rows[: len(rows)] if len(raw_rows) else target
+                torch.mm(gradient.t(), operand, out=raw)
+                if normalize_weight:
+                    _native.run(
+                        backend, features, "project_rows", raw, weight[first : first + len(rows)],
+                        inverse_norms[first : first + len(rows)], weight_gain, len(scales) > 0, target,
+                    )  # fmt: skip
+                else:
+                    torch.mul(raw, weight_gain, out=target)
+    grad_features = torch.empty_like(features) if wants_features else features.new_empty(0)
+    if wants_features and normalize_features:
+        _native.run(
+            backend, features, "project_rows", grad_operand, features, inverse_feature_norms,
+            feature_gain, False, grad_features,
+        )  # fmt: skip
+    elif wants_features:
+        if normalize_weight:
+            # Along the feature, at a fixed angle, the target's logit grows by psi - margin.
+            radial = coefficients * torch.expm1(targets[0] - lse) * targets[2]
+            grad_operand += (radial * inverse_feature_norms)[:, None] * features
+            feature_gain = torch.where(inverse_feature_norms == 0, 0, feature_gain)
+        gain = feature_gain[:, None]
+        grad_features.copy_(torch.where(gain == 0, 0, gain * grad_operand))
+    return grad_features, grad_weight
+
+
+def _operand(
+    features: Tensor, normalize: bool, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What the weight's rows are multiplied with, [B, D] in `dtype`, and 1 / |feature| [B]."""
+    if normalize:
+        return normalized_rows(features, dtype, backend)
+    inverse_norms = features.new_empty(len(features), dtype=compute_dtype(dtype))
+    nothing = features.new_empty(0)
+    _native.run(backend, features, "normalize_rows", features, inverse_norms, nothing)
+    return features.to(dtype), inverse_norms
+
+
+def _chunk_of(products: Tensor, first: int, batch: int, columns: int) -> Tensor:
+    return products[first * batch : (first + columns) * batch].view(batch, columns)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += torch.mm(left, right)
