@@ -40,6 +40,9 @@ namespace {
     FACELT_BIND(m, backend, margin_softmax_normalizer);       \
     FACELT_BIND(m, backend, margin_softmax_coefficients);     \
     FACELT_BIND(m, backend, margin_softmax_gradient);         \
+    FACELT_BIND(m, backend, compactness_select);              \
+    FACELT_BIND(m, backend, compactness_reduce);              \
+    FACELT_BIND(m, backend, compactness_capacity);            \
     FACELT_BIND(m, backend, group_labels_workspace);          \
     FACELT_BIND(m, backend, class_ranges_workspace);          \
     FACELT_BIND(m, backend, min_centroid_distance_workspace); \

@@ -165,6 +165,29 @@ class Backend(Protocol):
         gradient: Tensor,
         execution: int,
     ) -> None: ...
+    def compactness_select(
+        self,
+        products: Tensor,
+        column_scales: Tensor,
+        classes: Tensor,
+        first_class: int,
+        k: int,
+        start: bool,
+        kept: Tensor,
+        counts: Tensor,
+        thresholds: Tensor,
+        execution: int,
+    ) -> None: ...
+    def compactness_capacity(self, k: int) -> int: ...
+    def compactness_reduce(
+        self,
+        kept: Tensor,
+        counts: Tensor,
+        k: int,
+        scale: float,
+        compactness: Tensor,
+        execution: int,
+    ) -> None: ...
 
 class CudaBackend(Backend, Protocol):
     def require_driver(self) -> None: ...

@@ -55,16 +55,21 @@ def run(backend: str, like: Tensor, function: str, *args: object) -> None:
         getattr(_kernels(backend, like.device.type), function)(*args, torch.get_num_threads())
 
 
+def call(backend: str, like: Tensor, function: str, *args: int) -> int:
+    """What a function says that runs no kernel."""
+    return getattr(_kernels(backend, like.device.type), function)(*args)
+
+
 def workspace(backend: str, like: Tensor, function: str, *args: int) -> Tensor:
     """Uninitialised memory of the size that the native function asks for."""
-    size = getattr(_kernels(backend, like.device.type), function + "_workspace")(*args)
+    size = call(backend, like, function + "_workspace", *args)
     if size == 0 and like.device.type == "cpu":
         return _NOTHING
     return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
 def large_output(like: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory where `like` lies, [count]; on the CPU the one that a step before freed."""
+    """Uninitialised memory [count] where `like` lies; on the CPU that which a step before freed."""
     if _C is None or not like.is_cpu or count * dtype.itemsize < LARGE:
         return torch.empty(count, dtype=dtype, device=like.device)
     return torch.frombuffer(_C.LargeMemory(count * dtype.itemsize), dtype=dtype, count=count)

@@ -293,6 +293,8 @@ T atomicCAS(T* address, Same<T> expected, Same<T> value) {
   return update(address, [=](T old) { return old == expected ? value : old; });
 }
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 template <class T>

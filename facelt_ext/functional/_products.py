@@ -78,12 +78,11 @@ class WeightChunks:
     ) -> None:
         self.weight, self.normalize, self.dtype, self.size = weight, normalize, dtype, size
         self.backend = backend
-        self._known = inverse_norms is not None
-        count = len(weight) if normalize else 0
         compute = compute_dtype(dtype)
-        self.inverse_norms = (
-            weight.new_empty(count, dtype=compute) if not self._known else inverse_norms
-        )
+        self._known = inverse_norms is not None
+        if inverse_norms is None:
+            inverse_norms = weight.new_empty(len(weight) if normalize else 0, dtype=compute)
+        self.inverse_norms = inverse_norms
         self._nothing = weight.new_empty(0, dtype=dtype)
         self._no_scales = weight.new_empty(0, dtype=compute)
         converted = min(size, len(weight)) if weight.dtype != dtype else 0
@@ -95,6 +94,14 @@ class WeightChunks:
             chunk = self.weight[first : first + self.size]
             yield first, *self._prepared(chunk, self.inverse_norms[first : first + self.size])
         self._known = True
+
+    def products(self, operand: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The first class, operand @ rows.t() [B, C] (until the next chunk), scales [C] or none."""
+        batch = len(operand)
+        scratch = operand.new_empty(batch * min(self.size, len(self.weight)))
+        for first, rows, scales in self:
+            chunk = scratch[: batch * len(rows)].view(batch, len(rows))
+            yield first, torch.mm(operand, rows.t(), out=chunk), scales
 
     def _prepared(self, chunk: Tensor, inverse_norms: Tensor) -> tuple[Tensor, Tensor]:
         if chunk.dtype == self.dtype:

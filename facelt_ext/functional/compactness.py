@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from facelt_ext import _backend, reference
+from facelt_ext import _backend, _native, reference
 from facelt_ext._checks import (
     check_class_range,
     check_count,
@@ -11,8 +11,20 @@ from facelt_ext._checks import (
     check_positive,
     checked_integers,
 )
+from facelt_ext._operators import operator
+from facelt_ext.functional._products import (
+    WeightChunks,
+    autocast_off,
+    chunk_size,
+    convertible,
+    normalized_rows,
+    product_dtype,
+)
 from facelt_ext.reference.compactness import indicator
 from facelt_ext.types import compute_dtype
+
+# How many products may be kept at a time, for all classes that are looked at side by side.
+KEPT_NUMBERS = 1 << 22
 
 
 def inter_class_compactness(
@@ -108,4 +120,80 @@ def _checked(weight: Tensor, index: Tensor | None, scale: float) -> Tensor | Non
 
 
 def _compactness(weight: Tensor, index: Tensor | None, k: int, scale: float) -> Tensor:
-    return reference.inter_class_compactness(weight.detach(), index, k=k, scale=scale)
+    weight = weight.detach()
+    backend = _backend.current()
+    if backend == "reference":
+        return reference.inter_class_compactness(weight, index, k=k, scale=scale)
+    if index is None:
+        index = torch.arange(len(weight), device=weight.device)
+    dtype = product_dtype(weight.dtype, weight.dtype, weight.device.type)
+    return _operator(convertible(weight, dtype), index, k, scale, dtype, backend)
+
+
+def _fake(weight, index, k, scale, dtype, backend):
+    return weight.new_empty(len(index), dtype=compute_dtype(dtype))
+
+
+@operator(
+    "inter_class_compactness(Tensor weight, Tensor index, SymInt k, float scale, ScalarType dtype,"
+    " str backend) -> Tensor",
+    _fake,
+)
+def _operator(weight, index, k, scale, dtype, backend):
+    weight, index = weight.contiguous(), index.contiguous()
+    if backend == "native" and weight.is_cpu:
+        check_class_range(index, "index", len(weight), None)
+    compactness = _fake(weight, index, k, scale, dtype, backend)
+    others = len(weight) - 1
+    if others == 0:
+        return compactness.fill_(-torch.inf)
+    k = min(k, others)
+    classes = index.clamp(0, others)
+    dimensions, device = weight.shape[1], weight.device.type
+    capacity = 0 if k == others else _native.call(backend, weight, "compactness_capacity", k)
+    at_once = rows_at_once(capacity, len(index))
+    size = chunk_size(at_once, dimensions, dtype, device)
+    chunks = WeightChunks(weight, True, dtype, size, backend)
+    run = _with_all if k == others else _with_nearest
+    with autocast_off(device):
+        for begin in range(0, len(index), max(at_once, 1)):
+            rows = slice(begin, begin + at_once)
+            own = classes[rows]
+            operand = normalized_rows(weight[own], dtype, backend)[0]
+            run(chunks, operand, own, k, scale, compactness[rows])
+    return torch.where(index == classes, compactness, torch.nan)
+
+
+def rows_at_once(capacity: int, count: int) -> int:
+    """Classes whose neighbours are looked for side by side, which bounds the memory they take."""
+    return min(count, 1024, max(64, KEPT_NUMBERS // max(capacity, 1)))
+
+
+def _with_nearest(
+    chunks: WeightChunks, operand: Tensor, own: Tensor, k: int, scale: float, compactness: Tensor
+) -> None:
+    backend, compute = chunks.backend, compactness.dtype
+    capacity = _native.call(backend, operand, "compactness_capacity", k)
+    kept = operand.new_empty(len(own), capacity, dtype=compute)
+    counts, thresholds = torch.empty_like(own), torch.empty_like(compactness)
+    for first, products, scales in chunks.products(operand):
+        _native.run(
+            backend, operand, "compactness_select", products, scales, own, first, k, first == 0,
+            kept, counts, thresholds,
+        )  # fmt: skip
+    _native.run(backend, operand, "compactness_reduce", kept, counts, k, scale, compactness)
+
+
+def _with_all(
+    chunks: WeightChunks, operand: Tensor, own: Tensor, k: int, scale: float, compactness: Tensor
+) -> None:
+    """All others are the k nearest: the softmax's normaliser, without the class itself."""
+    compute = compactness.dtype
+    targets = operand.new_full((3, len(own)), -torch.inf, dtype=compute)
+    normalizer = operand.new_empty(2, len(own), dtype=compute)
+    for first, products, scales in chunks.products(operand):
+        _native.run(
+            chunks.backend, operand, "margin_softmax_normalizer", products, scales, own, targets,
+            first, scale, first == 0, normalizer,
+        )  # fmt: skip
+    torch.add(normalizer[0], normalizer[1].log(), out=compactness)

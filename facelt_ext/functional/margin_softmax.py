@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from facelt_ext import _backend, _native, reference
+from facelt_ext import _backend, reference
 from facelt_ext._checks import (
     check_choice,
     check_class_range,
@@ -16,15 +16,8 @@ from facelt_ext._checks import (
     checked_integers,
     checked_margin,
 )
-from facelt_ext._operators import operator
-from facelt_ext.functional._products import (
-    WeightChunks,
-    autocast_off,
-    chunk_size,
-    convertible,
-    normalized_rows,
-    product_dtype,
-)
+from facelt_ext.functional._margin_softmax_operators import backward, forward
+from facelt_ext.functional._products import autocast_off, convertible, product_dtype
 from facelt_ext.functional._second_order import gradients_through_reference
 from facelt_ext.reference.margin_softmax import reduced
 from facelt_ext.types import compute_dtype
@@ -156,7 +149,7 @@ class MarginSoftmaxFunction(torch.autograd.Function):
     def forward(
         ctx, features, weight, labels, cosine_margin, angular_margin, options, keep, dtype, backend
     ):
-        lse, targets, inverse_norms, products = _forward(
+        lse, targets, inverse_norms, products = forward(
             features, weight, labels, cosine_margin, angular_margin, *options, keep, dtype, backend
         )
         ctx.save_for_backward(
@@ -184,188 +177,9 @@ class MarginSoftmaxFunction(torch.autograd.Function):
             with autocast_off(features.device.type):
                 grads = gradients_through_reference(again, (features, weight), wanted, grad_losses)
         else:
-            grads = _backward(
+            grads = backward(
                 grad_losses, features, weight, labels, *state, *ctx.options, *wanted, ctx.dtype,
                 ctx.backend,
             )  # fmt: skip
             grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         return *grads, None, None, None, None, None, None, None
-
-
-OPTIONS = (
-    "float scale, SymInt angular_multiplier, bool normalize_features, bool normalize_weight,"
-    " SymInt class_offset, SymInt num_classes, SymInt ignore_index"
-)
-
-
-def _forward_fake(
-    features, weight, labels, cosine_margin, angular_margin, scale, angular_multiplier,
-    normalize_features, normalize_weight, class_offset, num_classes, ignore_index, keep, dtype,
-    backend,
-):  # fmt: skip
-    batch, rows = features.shape[0], weight.shape[0]
-    compute = compute_dtype(dtype)
-    return (
-        features.new_empty(batch, dtype=compute),
-        features.new_empty(3, batch, dtype=compute),
-        weight.new_empty(rows if normalize_weight else 0, dtype=compute),
-        features.new_empty(batch * rows if keep else 0, dtype=dtype),
-    )
-
-
-@operator(
-    "margin_softmax_forward(Tensor features, Tensor weight, Tensor labels, Tensor cosine_margin,"
-    f" Tensor angular_margin, {OPTIONS}, bool keep, ScalarType dtype, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward_fake,
-)
-def _forward(
-    features, weight, labels, cosine_margin, angular_margin, scale, angular_multiplier,
-    normalize_features, normalize_weight, class_offset, num_classes, ignore_index, keep, dtype,
-    backend,
-):  # fmt: skip
-    """lse [B], targets [3, B], 1 / norms of the weight's rows [N], kept products (B * N or none).
-
-    The weight may be a shard, whose first row is class `class_offset` out of `num_classes`: then
-    lse is the shard's, and the target of a sample whose class lies elsewhere is 0.
-    """
-    features, weight, labels = features.contiguous(), weight.contiguous(), labels.contiguous()
-    options = (
-        scale, angular_multiplier, normalize_features, normalize_weight, class_offset, num_classes,
-        ignore_index,
-    )  # fmt: skip
-    batch, compute = len(features), compute_dtype(dtype)
-    operand, inverse_feature_norms = _operand(features, normalize_features, dtype, backend)
-    targets = features.new_empty(3, batch, dtype=compute)
-    _native.run(
-        backend, features, "margin_softmax_targets", features, inverse_feature_norms, weight,
-        labels, cosine_margin.contiguous(), angular_margin.contiguous(), options, targets,
-    )  # fmt: skip
-    size = chunk_size(batch, features.shape[1], dtype, features.device.type)
-    chunks = WeightChunks(weight, normalize_weight, dtype, size, backend)
-    kept = len(weight) if keep else min(size, len(weight))
-    products = _native.large_output(features, batch * kept, dtype)
-    normalizer = features.new_empty(2, batch, dtype=compute)
-    with autocast_off(features.device.type):
-        for first, rows, scales in chunks:
-            chunk = _chunk_of(products, first if keep else 0, batch, len(rows))
-            torch.mm(operand, rows.t(), out=chunk)
-            _native.run(
-                backend, features, "margin_softmax_normalizer", chunk, scales, labels, targets,
-                class_offset + first, scale, first == 0, normalizer,
-            )  # fmt: skip
-    lse = normalizer[0] + normalizer[1].log()
-    return lse, targets, chunks.inverse_norms, products if keep else products.new_empty(0)
-
-
-def _backward_fake(
-    grad_losses, features, weight, labels, lse, targets, inverse_norms, products, scale,
-    angular_multiplier, normalize_features, normalize_weight, class_offset, num_classes,
-    ignore_index, wants_features, wants_weight, dtype, backend,
-):  # fmt: skip
-    return (
-        features.new_empty(features.shape if wants_features else (0,)),
-        weight.new_empty(weight.shape if wants_weight else (0,)),
-    )
-
-
-@operator(
-    "margin_softmax_backward(Tensor grad_losses, Tensor features, Tensor weight, Tensor labels,"
-    f" Tensor lse, Tensor targets, Tensor inverse_norms, Tensor products, {OPTIONS},"
-    " bool wants_features, bool wants_weight, ScalarType dtype, str backend) -> (Tensor, Tensor)",
-    _backward_fake,
-)
-def _backward(
-    grad_losses, features, weight, labels, lse, targets, inverse_norms, products, scale,
-    angular_multiplier, normalize_features, normalize_weight, class_offset, num_classes,
-    ignore_index, wants_features, wants_weight, dtype, backend,
-):  # fmt: skip
-    """The gradients of lse - target, times grad_losses [B]. lse is that over all shards."""
-    features, weight, labels = features.contiguous(), weight.contiguous(), labels.contiguous()
-    options = (
-        scale, angular_multiplier, normalize_features, normalize_weight, class_offset, num_classes,
-        ignore_index,
-    )  # fmt: skip
-    batch, dimensions = features.shape
-    compute, device = compute_dtype(dtype), features.device.type
-    coefficients, weight_gain, feature_gain = (
-        features.new_empty(count, dtype=compute) for count in (batch, 1, batch)
-    )
-    _native.run(
-        backend, features, "margin_softmax_coefficients", grad_losses.contiguous(), labels, options,
-        coefficients, weight_gain, feature_gain,
-    )  # fmt: skip
-    operand, inverse_feature_norms = _operand(features, normalize_features, dtype, backend)
-    # What takes no part may hold anything, and 0 * NaN would spread.
-    operand = torch.where(coefficients[:, None] == 0, 0, operand)
-    size = chunk_size(batch, dimensions, dtype, device)
-    chunks = WeightChunks(weight, normalize_weight, dtype, size, backend, inverse_norms)
-    scratch = features.new_empty(batch * min(size, len(weight)), dtype=dtype)
-    grad_operand = features.new_zeros(features.shape if wants_features else (0,), dtype=compute)
-    grad_weight = _native.large_output(weight, weight.numel() if wants_weight else 0, weight.dtype)
-    grad_weight = grad_weight.view(weight.shape if wants_weight else (0,))
-    raw_rows = weight.new_empty(
-        (min(size, len(weight)) if wants_weight and weight.dtype != dtype else 0, dimensions),
-        dtype=dtype,
-    )
-    with autocast_off(device):
-        for first, rows, scales in chunks:
-            gradient = _chunk_of(scratch, 0, batch, len(rows))
-            chunk = _chunk_of(products, first, batch, len(rows)) if len(products) else gradient
-            if chunk is gradient:
-                torch.mm(operand, rows.t(), out=chunk)
-            _native.run(
-                backend, features, "margin_softmax_gradient", chunk, scales, labels, targets, lse,
-                coefficients, class_offset + first, scale, gradient,
-            )  # fmt: skip
-            if wants_features:
-                _add_product(grad_operand, gradient, rows)
-            if wants_weight:
-                target = grad_weight[first : first + len(rows)]
-                raw = raw_rows[: len(rows)] if len(raw_rows) else target
-                torch.mm(gradient.t(), operand, out=raw)
-                if normalize_weight:
-                    _native.run(
-                        backend, features, "project_rows", raw, weight[first : first + len(rows)],
-                        inverse_norms[first : first + len(rows)], weight_gain, len(scales) > 0, target,
-                    )  # fmt: skip
-                else:
-                    torch.mul(raw, weight_gain, out=target)
-    grad_features = torch.empty_like(features) if wants_features else features.new_empty(0)
-    if wants_features and normalize_features:
-        _native.run(
-            backend, features, "project_rows", grad_operand, features, inverse_feature_norms,
-            feature_gain, False, grad_features,
-        )  # fmt: skip
-    elif wants_features:
-        if normalize_weight:
-            # Along the feature, at a fixed angle, the target's logit grows by psi - margin.
-            radial = coefficients * torch.expm1(targets[0] - lse) * targets[2]
-            grad_operand += (radial * inverse_feature_norms)[:, None] * features
-            feature_gain = torch.where(inverse_feature_norms == 0, 0, feature_gain)
-        gain = feature_gain[:, None]
-        grad_features.copy_(torch.where(gain == 0, 0, gain * grad_operand))
-    return grad_features, grad_weight
-
-
-def _operand(
-    features: Tensor, normalize: bool, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor]:
-    """What the weight's rows are multiplied with, [B, D] in `dtype`, and 1 / |feature| [B]."""
-    if normalize:
-        return normalized_rows(features, dtype, backend)
-    inverse_norms = features.new_empty(len(features), dtype=compute_dtype(dtype))
-    nothing = features.new_empty(0)
-    _native.run(backend, features, "normalize_rows", features, inverse_norms, nothing)
-    return features.to(dtype), inverse_norms
-
-
-def _chunk_of(products: Tensor, first: int, batch: int, columns: int) -> Tensor:
-    return products[first * batch : (first + columns) * batch].view(batch, columns)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += torch.mm(left, right)

@@ -10,22 +10,22 @@ from facelt_ext.reference.compactness import indicator
 from facelt_ext.reference.margin_softmax import reduced
 from facelt_ext.types import DomainFrequency, compute_dtype
 
-# Classes that a step looks at besides its batch's, in rotation, for the mean that epsilon="auto" is.
+# Classes that a step looks at besides its batch's, in rotation, for the mean of epsilon="auto".
 PROBES = 32
 
 
 class DomainBalancingLoss(MarginSoftmaxLoss):
     """Domain Balancing (Cao et al., CVPR 2020, eqs. 1, 2 and 4-6): margins by how rare a domain is.
 
-    CosFace whose margin is multiplied with the class's domain frequency indicator
-    DFI = epsilon / IC (see `facelt_ext.functional.domain_frequency_indicator`), so that classes with
-    few others around them get larger margins; and the loss `rbm_weight * mean (gate - DFI)^2` of the
-    gate of a `ResidualBalancingModule`. The indicators come from the weight before the step's
-    update, for the batch's classes only.
+    CosFace whose margin is multiplied with the class's domain frequency indicator DFI = epsilon /
+    IC (see `facelt_ext.functional.domain_frequency_indicator`), so that classes with few others
+    around them get larger margins; and the loss `rbm_weight * mean (gate - DFI)^2` of the gate of a
+    `ResidualBalancingModule`. The indicators come from the weight before the step's update, for the
+    batch's classes only.
 
     Eqs. 1 and 5 share one scale. With 64 and the paper's epsilon = 5.5 a trained head's indicators
-    lie far below 1 (IC is about log k + scale * the neighbours' cosine: some 24 at a cosine of 0.3),
-    and with them the margins. Two ways out: `indicator_scale` near 1, for which 5.5 is made (IC is
+    lie far below 1, and with them the margins: IC is about log k + scale * the neighbours' cosine,
+    some 24 at a cosine of 0.3. Two ways out: `indicator_scale` near 1, for which 5.5 is made (IC is
     then about 5, as log 100 = 4.6), keeps the paper's constant, and indicators close to 1 for all
     classes; `epsilon="auto"` keeps the scale, with margins that differ more, of which the mean over
     the classes stays close to `margin`.
@@ -95,7 +95,7 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
 
     @torch.no_grad()
     def indicators(self, labels: Tensor) -> Tensor:
-        """DFI of each sample's class, [B]; under training also renews the mean of epsilon="auto"."""
+        """DFI of each sample's class, [B]; in training also renews the mean of epsilon="auto"."""
         if self.k == 0:
             return torch.ones_like(labels, dtype=self.compactness.dtype)
         classes = labels.clamp(0, len(self.weight) - 1)
@@ -151,8 +151,8 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
 class ResidualBalancingModule(nn.Module):
     """The residual balancing module of Domain Balancing (Cao et al., CVPR 2020, eqs. 3 and 4).
 
-    `x + f(x) R(x)`, with a linear gate f and R = linear - batch norm - ReLU - linear. It is a part of
-    the model, which is needed at test time too; `DomainBalancingLoss` trains the gate.
+    `x + f(x) R(x)`, with a linear gate f and R = linear - batch norm - ReLU - linear. It is a part
+    of the model, which is needed at test time too; `DomainBalancingLoss` trains the gate.
 
     Args:
         embedding_size: D.

@@ -19,8 +19,8 @@ class MarginSoftmaxLoss(nn.Module):
         device, dtype: of the weight.
 
     Attributes:
-        weight: the parameter [N, D], a row per class, drawn from a normal distribution with standard
-            deviation 0.01. The rows' norms have no influence on the loss.
+        weight: the parameter [N, D], a row per class, drawn from a normal distribution with
+            standard deviation 0.01. The rows' norms have no influence on the loss.
 
     All other attributes may be changed between steps.
     """
