@@ -129,6 +129,14 @@ FACELT_HOST_DEVICE Float16 narrow<Float16>(float value) {
 #endif
 }
 
+// The nearest number that T holds, where infinity would do harm.
+template <class T>
+FACELT_HOST_DEVICE Compute<T> within_range(Compute<T> value) {
+  if (Scalar<T>::kType != ScalarType::kFloat16) return value;
+  constexpr Compute<T> kLargest = 65504;
+  return value > kLargest ? kLargest : value < -kLargest ? -kLargest : value;
+}
+
 // Calls function(T{}) with the storage type of a floating dtype.
 template <class Function>
 void dispatch_floating(ScalarType dtype, const char* name, Function&& function) {

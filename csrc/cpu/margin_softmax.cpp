@@ -202,8 +202,9 @@ void margin_softmax_gradient(const TensorView& products, const TensorView& colum
           const std::int64_t column = chunk.target_column(i);
           if (column >= 0) {
             const A weight = chunk.column_scales ? chunk.column_scales[column] : A(1);
-            place[column] = weight * factors[i] * slopes[i] *
-                            (std::exp(chunk.target_logits[i] - shifts[i]) - A(1));
+            // Near |cos(theta)| = 1 an angular margin's slope is large.
+            place[column] = within_range<P>(weight * factors[i] * slopes[i] *
+                                            (std::exp(chunk.target_logits[i] - shifts[i]) - A(1)));
           }
         }
         writer.store(target);

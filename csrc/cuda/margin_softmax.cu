@@ -174,6 +174,8 @@ __global__ void gradient_kernel(Chunk<P> chunk, const Compute<P>* lse,
     A value = exp(chunk.logit(i, j) - shift);
     if (j == target) value = (value - A(1)) * chunk.targets[chunk.batch + i];
     value *= coefficient * chunk.column_scale(j);
+    // Near |cos(theta)| = 1 an angular margin's slope is large.
+    if (j == target) value = within_range<P>(value);
     gradient[i * chunk.columns + j] = narrow<P>(coefficient == A(0) ? A(0) : value);
   }
 }

@@ -67,9 +67,11 @@ def margin_softmax_loss(
         normalize_weight: False takes the rows as they are, and allows no margin.
         reduction: "mean" (over the samples that are not ignored; of none it is 0), "sum" or "none".
         ignore_index: samples with this label have loss 0 and gradient 0.
-        workspace: "low" keeps nothing for the backward and computes the products again: four matrix
-            products, memory for one chunk of classes. "high" keeps B * N numbers of the products'
-            dtype: three. "auto" is "high" up to 256 MiB on the CPU and 512 MiB on a GPU.
+        workspace: "low" keeps no products for the backward and computes them again: four matrix
+            products. It takes N numbers (the rows' norms) and a chunk of classes: 2 MiB of products
+            on the CPU, 128 MiB on a GPU, and rows of half that or twice that where they are
+            converted. "high" keeps B * N products besides: three matrix products. "auto" is "high"
+            while the products take up to 256 MiB on the CPU, 512 MiB on a GPU.
 
     Products are made in the features' dtype, or autocast's; everything between them in float32
     (float64 for float64). With half features and a float32 weight, the weight is converted chunk by
