@@ -183,8 +183,9 @@ def backward(grad_losses, features, weight, labels, lse, targets, inverse_norms,
                 weight_gradient.write(first, gradient, scaled=len(scales) > 0)
     grad_features = features.new_empty(0)
     if raw_features is not None:
-        radial = coefficients * torch.expm1(targets[0] - lse) * targets[2]
-        grad_features = feature_gradient(head, raw_features, radial, feature_gain)
+        if not head.options.normalize_features and head.options.normalize_weight:
+            add_radial(raw_features, head, coefficients, lse, targets)
+        grad_features = feature_gradient(head, raw_features, feature_gain)
     return grad_features, weight_gradient.grad if weight_gradient else weight.new_empty(0)
 
 
@@ -213,15 +214,22 @@ class WeightGradient:
         )
 
 
-def feature_gradient(head: Head, raw: Tensor, radial: Tensor, gain: Tensor) -> Tensor:
-    """From the gradient [B, D] by the operand, and [B] that along features at fixed angles."""
+def add_radial(raw: Tensor, head: Head, coefficients: Tensor, lse: Tensor, targets: Tensor) -> None:
+    """Along a feature, at a fixed angle, its target's logit grows by psi - margin."""
+    # The 0 that stands for another shard's target may lie far above lse.
+    change = torch.expm1((targets[0] - lse).clamp(max=0))
+    radial = coefficients * change * targets[2] * head.inverse_feature_norms
+    raw += radial[:, None] * head.features
+
+
+def feature_gradient(head: Head, raw: Tensor, gain: Tensor) -> Tensor:
+    """From the gradient [B, D] by what the weight's rows are multiplied with."""
     features, inverse_norms = head.features, head.inverse_feature_norms
     if head.options.normalize_features:
         grad = torch.empty_like(features)
         head.run("project_rows", raw, features, inverse_norms, gain, False, grad)
         return grad
     if head.options.normalize_weight:
-        raw += (radial * inverse_norms)[:, None] * features
         gain = torch.where(inverse_norms == 0, 0, gain)
     return torch.where(gain[:, None] == 0, 0, gain[:, None] * raw).to(features.dtype)
 

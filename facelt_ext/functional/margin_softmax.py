@@ -167,10 +167,13 @@ class MarginSoftmaxFunction(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
             scale, multiplier, normalize_features, normalize_weight, _, _, ignored = ctx.options
+            # The reference would follow a label out of range.
+            invalid = (labels != ignored) & ((labels < 0) | (labels >= len(weight)))
+            valid = torch.where(invalid, ignored, labels)
 
             def again(features: Tensor, weight: Tensor) -> Tensor:
                 return reference.margin_softmax_loss(
-                    features, weight, labels, scale=scale, cosine_margin=cosine_margin[:, None],
+                    features, weight, valid, scale=scale, cosine_margin=cosine_margin[:, None],
                     angular_margin=angular_margin[:, None], angular_multiplier=multiplier,
                     normalize_features=normalize_features, normalize_weight=normalize_weight,
                     reduction="none", ignore_index=ignored,
@@ -178,6 +181,8 @@ class MarginSoftmaxFunction(torch.autograd.Function):
 
             with autocast_off(features.device.type):
                 grads = gradients_through_reference(again, (features, weight), wanted, grad_losses)
+            if wanted[0]:
+                grads[0] = torch.where(invalid[:, None], torch.nan, grads[0])
         else:
             grads = backward(
                 grad_losses, features, weight, labels, *state, *ctx.options, *wanted, ctx.dtype,
