@@ -22,10 +22,9 @@ HALF = (torch.bfloat16, torch.float16)
 
 def product_dtype(features: torch.dtype, weight: torch.dtype, device: str) -> torch.dtype:
     """What the products are in: autocast's type, or the features', to which float32 rows adapt."""
-    half = features in HALF or weight in HALF
     if torch.is_autocast_enabled(device) and torch.float64 not in (features, weight):
         return torch.get_autocast_dtype(device)
-    if weight == features or (half and weight == torch.float32):
+    if weight == features or (features in HALF and weight == torch.float32):
         return features
     wanted = f"{features}" + (" or torch.float32" if features in HALF else "")
     raise TypeError(f"weight: expected dtype {wanted}, as the features, got {weight}")
@@ -49,7 +48,8 @@ def chunk_size(batch: int, dimensions: int, dtype: torch.dtype, device: str) -> 
         CHUNK_BYTES[device] // (max(batch, 1) * dtype.itemsize),
         ROW_BYTES[device] // (dimensions * dtype.itemsize),
     )
-    return max(MULTIPLE, size // MULTIPLE * MULTIPLE)
+    # Adding to a gradient by the features takes B * D a chunk: not more than its products.
+    return -(-max(size, dimensions) // MULTIPLE) * MULTIPLE
 
 
 def normalized_rows(x: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
