@@ -10,7 +10,14 @@ from facelt_ext import functional
 X = torch.randn(4, 3)
 Y = torch.tensor([0, 0, 1, 1])
 
-WITH_FEATURES = [functional.range_loss, functional.class_ranges, functional.class_centroids]
+
+def margin_softmax_loss(features, labels):
+    return functional.margin_softmax_loss(features, torch.randn(2, 3), labels)
+
+
+WITH_FEATURES = [
+    functional.range_loss, functional.class_ranges, functional.class_centroids, margin_softmax_loss,
+]  # fmt: skip
 FEATURES = [
     (X.tolist(), TypeError, "features: expected a tensor, got list"),
     (X.long(), TypeError, "features: expected dtype float64, .* got torch.int64"),

@@ -9,6 +9,7 @@ from conftest import CPU
 import facelt_ext
 from facelt_ext import _native, functional
 from facelt_ext.functional.groups import group_labels
+from facelt_ext.types import compute_dtype
 
 OPS = torch.ops.facelt_ext
 OPTIONS = {"k": 2, "margin": 400.0, "alpha": 0.3, "beta": 0.07, "squared": True}
@@ -48,6 +49,24 @@ def samples(place, dtype: torch.dtype):
     yield OPS.range_loss_forward, loss_args
     loss, *state = OPS.range_loss_forward(*loss_args)
     yield OPS.range_loss_backward, (loss, x, 2, *state, backend)
+
+    for keep, weight_dtype in [(True, dtype), (False, torch.promote_types(dtype, torch.float32))]:
+        yield from margin_softmax_samples(x, weight_dtype, keep, backend)
+
+
+def margin_softmax_samples(x: torch.Tensor, weight_dtype: torch.dtype, keep: bool, backend: str):
+    labels = torch.tensor([4, 4, 1, 0, 3, -100, 2, 2, 4, 4, 4, 0], device=x.device)
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).to(
+        x.device, weight_dtype
+    )
+    margin = torch.full((12,), 0.3, dtype=compute_dtype(x.dtype), device=x.device)
+    options = (8.0, 2, keep, True, 0, 6, -100)
+    args = (x, weight, labels, margin, margin, *options, keep, x.dtype, backend)
+    yield OPS.margin_softmax_forward, args
+    lse, *state = OPS.margin_softmax_forward(*args)
+    for wanted in [(True, True), (True, False), (False, True)]:
+        args = (margin, x, weight, labels, lse, *state, *options, *wanted, x.dtype, backend)
+        yield OPS.margin_softmax_backward, args
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
