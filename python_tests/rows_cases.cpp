@@ -3,8 +3,11 @@
 
 #include "../csrc/cpu/rows.cpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -58,12 +61,156 @@ void check_rows(const RowKernels<A>& kernels, const char* isa, std::int64_t n) {
     expect(quotient[d] == a[2][d] / 4, isa, "divide", n);
     expect(difference[d] == a[3][d] + 2 * (a[0][d] - b[0][d]), isa, "add_scaled_difference", n);
   }
+  A dot = 0, along = 0;
+  for (std::int64_t d = 0; d < n; ++d) dot += a[0][d] * b[0][d];
+  expect(kernels.dot(a[0].data(), b[0].data(), n) == dot, isa, "dot", n);
+  // raw - (raw . v) v with v = x / 4, times 2; in place too.
+  for (std::int64_t d = 0; d < n; ++d) along += a[0][d] * b[1][d] / 4;
+  std::vector<A> projected(n), in_place = a[0];
+  kernels.project(a[0].data(), b[1].data(), A(0.25), A(2), projected.data(), n);
+  kernels.project(in_place.data(), b[1].data(), A(0.25), A(2), in_place.data(), n);
+  for (std::int64_t d = 0; d < n; ++d) {
+    expect(projected[d] == 2 * (a[0][d] - along * (b[1][d] / 4)), isa, "project", n);
+  }
+  expect(in_place == projected, isa, "project in place", n);
   expect(kernels.all_finite(a[0].data(), n), isa, "all_finite", n);
   for (std::int64_t d = 0; d < n; ++d) {
     for (const A bad : {A(INFINITY), A(-INFINITY), A(NAN)}) {
       std::vector<A> x = a[0];
       x[d] = bad;
       expect(!kernels.all_finite(x.data(), n), isa, "all_finite", n);
+    }
+  }
+}
+
+// The distance from `value` to the true number, in units of the last place of A.
+template <class A>
+double ulps(A value, long double truth) {
+  const A nearest = static_cast<A>(truth);
+  const A unit = std::nextafter(std::abs(nearest), A(INFINITY)) - std::abs(nearest);
+  return static_cast<double>(std::abs(static_cast<long double>(value) - truth) / unit);
+}
+
+template <class A>
+bool same(A x, A y) {
+  return x == y || (x != x && y != y);
+}
+
+template <class A>
+constexpr A kLeast = std::is_same_v<A, float> ? A(-87.3) : A(-708.3);
+template <class A>
+constexpr A kMost = std::is_same_v<A, float> ? A(88) : A(709);
+
+// exp of one number, by each way there is to it: a whole vector, and the rest of a row.
+template <class A>
+A exponential_of(const SoftmaxKernels<A>& kernels, A x, std::int64_t n) {
+  const std::vector<A> row(n, x), ones(n, A(1));
+  std::vector<A> out(n), scaled(n);
+  kernels.exponentials(row.data(), nullptr, A(1), A(0), A(1), out.data(), n);
+  kernels.exponentials(row.data(), ones.data(), A(1), A(0), A(1), scaled.data(), n);
+  for (std::int64_t j = 0; j < n; ++j) {
+    if (!same(out[j], out[0]) || !same(scaled[j], out[0])) return A(-1);
+  }
+  return out[0];
+}
+
+template <class A>
+void check_exponential(const SoftmaxKernels<A>& kernels, const char* isa) {
+  constexpr int kSteps = 20000;
+  double worst = 0;
+  for (int i = 0; i <= kSteps; ++i) {
+    const A x = kLeast<A> + (kMost<A> - kLeast<A>)*A(i) / kSteps;
+    worst = std::max(worst, ulps(exponential_of(kernels, x, 19), std::exp((long double)x)));
+  }
+  expect(worst <= 2, isa, "exp within its range", std::lround(worst));
+  for (const A x : {A(0), A(-0.0), A(1e-30), A(-1e-30), A(1e-4), A(-0.34657359), A(0.34657359)}) {
+    expect(ulps(exponential_of(kernels, x, 19), std::exp((long double)x)) <= 2, isa, "exp", 19);
+  }
+  expect(exponential_of(kernels, A(0), 19) == 1, isa, "exp(0)", 19);
+  // Beyond its range it stays where the range ends: a normal number.
+  const A least = exponential_of(kernels, kLeast<A>, 19);
+  const A most = exponential_of(kernels, kMost<A>, 19);
+  expect(least >= std::numeric_limits<A>::min() && std::isfinite(most), isa, "exp's ends", 19);
+  for (const A x : {kLeast<A> * 2, A(-1e30), std::numeric_limits<A>::lowest(), A(-INFINITY)}) {
+    expect(exponential_of(kernels, x, 19) == least, isa, "exp below its range", 19);
+  }
+  for (const A x : {kMost<A> * 2, A(1e30), std::numeric_limits<A>::max(), A(INFINITY)}) {
+    expect(exponential_of(kernels, x, 19) == most, isa, "exp above its range", 19);
+  }
+  const A nan = exponential_of(kernels, A(NAN), 19);
+  expect(nan != nan, isa, "exp(NaN)", 19);
+}
+
+template <class A>
+void check_softmax_rows(const SoftmaxKernels<A>& kernels, const char* isa, std::int64_t n) {
+  const std::vector<A> x = numbers<A>(n, 2), scales = numbers<A>(n, 5);
+  // Nothing may be written behind a row's end.
+  std::vector<A> plain(n + 1, A(77)), scaled(n + 1, A(77));
+  kernels.logits(x.data(), nullptr, A(3), plain.data(), n);
+  kernels.logits(x.data(), scales.data(), A(3), scaled.data(), n);
+  expect(plain[n] == 77 && scaled[n] == 77, isa, "logits' end", n);
+  for (std::int64_t j = 0; j < n; ++j) {
+    expect(plain[j] == 3 * x[j] && scaled[j] == 3 * (x[j] * scales[j]), isa, "logits", n);
+  }
+
+  for (std::int64_t at = 0; at < n; ++at) {
+    std::vector<A> row = x;
+    row[at] = 50;
+    expect(kernels.maximum(row.data(), n) == 50, isa, "maximum", n);
+    row[at] = A(INFINITY);
+    expect(kernels.maximum(row.data(), n) == A(INFINITY), isa, "maximum of infinity", n);
+    row[at] = A(NAN);
+    const A sum = kernels.sum_exp(row.data(), A(2), n);
+    expect(sum != sum, isa, "sum_exp of NaN", n);
+  }
+  const std::vector<A> nothing(n, A(-INFINITY)), low(n, A(-9));
+  expect(kernels.maximum(nothing.data(), n) == A(-INFINITY), isa, "maximum of -infinity", n);
+  expect(kernels.maximum(low.data(), n) == -9, isa, "maximum of what is negative", n);
+
+  long double sum = 0;
+  for (const A value : x) sum += std::exp((long double)(value - 4));
+  expect(ulps(kernels.sum_exp(x.data(), A(4), n), sum) <= 4, isa, "sum_exp", n);
+
+  std::vector<A> flat(n + 1, A(77)), own = x;
+  own.push_back(77);
+  kernels.exponentials(x.data(), nullptr, A(0.5), A(3), A(-0.75), flat.data(), n);
+  std::vector<A> by_column(n + 1, A(77));
+  kernels.exponentials(x.data(), scales.data(), A(0.125), A(3), A(-0.75), by_column.data(), n);
+  kernels.exponentials(own.data(), scales.data(), A(0.125), A(3), A(-0.75), own.data(), n);
+  expect(own == by_column, isa, "exponentials in place", n);
+  expect(flat[n] == 77 && by_column[n] == 77, isa, "exponentials' end", n);
+  for (std::int64_t j = 0; j < n; ++j) {
+    const long double weight = -0.75L * scales[j];
+    expect(ulps(flat[j], -0.75L * std::exp(0.5L * x[j] - 3)) <= 3, isa, "exponentials", n);
+    expect(ulps(by_column[j], weight * std::exp(0.125L * (x[j] * scales[j]) - 3)) <= 3, isa,
+           "exponentials by column", n);
+  }
+}
+
+// What is above the threshold, and NaN, in order: at every place, and at several.
+template <class A>
+void check_keep_above(const SoftmaxKernels<A>& kernels, const char* isa, std::int64_t n) {
+  const auto check = [&](const std::vector<A>& x, A threshold) {
+    std::vector<A> wanted, kept(n + 1, A(77));
+    for (const A value : x) {
+      if (!(value <= threshold)) wanted.push_back(value);
+    }
+    const std::int64_t count = kernels.keep_above(x.data(), threshold, kept.data(), n);
+    bool equal = count == static_cast<std::int64_t>(wanted.size());
+    for (std::size_t i = 0; equal && i < wanted.size(); ++i) equal = same(kept[i], wanted[i]);
+    expect(equal && kept[n] == 77, isa, "keep_above", n);
+  };
+  const std::vector<A> x = numbers<A>(n, 4);
+  for (const A threshold : {A(-12), A(-11), A(0), A(10), A(11), A(-INFINITY), A(INFINITY)}) {
+    check(x, threshold);
+  }
+  for (std::int64_t at = 0; at < n; ++at) {
+    for (const A value : {A(12), A(NAN), A(INFINITY)}) {
+      std::vector<A> row = x;
+      row[at] = value;
+      check(row, A(11));
+      row[n - 1 - at] = value;
+      check(row, A(11));
     }
   }
 }
@@ -78,12 +225,19 @@ void check_conversions(const ConversionKernels<T>& kernels, const char* isa, std
   expect(back == x, isa, "narrow or widen", n);
 }
 
-template <template <class> class Rows, template <class> class Conversions>
+template <template <class> class Rows, template <class> class SoftmaxRows,
+          template <class> class Conversions>
 void check(const char* isa) {
   std::printf("%s\n", isa);
+  check_exponential(SoftmaxRows<float>::kTable, isa);
+  check_exponential(SoftmaxRows<double>::kTable, isa);
   for (std::int64_t n : {1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 513}) {
     check_rows(Rows<float>::kTable, isa, n);
     check_rows(Rows<double>::kTable, isa, n);
+    check_softmax_rows(SoftmaxRows<float>::kTable, isa, n);
+    check_softmax_rows(SoftmaxRows<double>::kTable, isa, n);
+    check_keep_above(SoftmaxRows<float>::kTable, isa, n);
+    check_keep_above(SoftmaxRows<double>::kTable, isa, n);
     check_conversions(Conversions<BFloat16>::kTable, isa, n);
     check_conversions(Conversions<Float16>::kTable, isa, n);
   }
@@ -92,10 +246,10 @@ void check(const char* isa) {
 }  // namespace
 
 int main() {
-  check<baseline::Rows, baseline::Conversions>("baseline");
+  check<baseline::Rows, baseline::SoftmaxRows, baseline::Conversions>("baseline");
 #if defined(FACELT_X86_VERSIONS)
-  if (has_avx2()) check<avx2::Rows, avx2::Conversions>("avx2");
-  if (has_avx512()) check<avx512::Rows, avx512::Conversions>("avx512");
+  if (has_avx2()) check<avx2::Rows, avx2::SoftmaxRows, avx2::Conversions>("avx2");
+  if (has_avx512()) check<avx512::Rows, avx512::SoftmaxRows, avx512::Conversions>("avx512");
 #endif
   return mistakes ? 1 : 0;
 }
