@@ -88,3 +88,90 @@ def test_another_device_than_the_current_one():
     expected = reference.range_loss(x.detach().double().cpu(), labels.cpu(), **OPTIONS)
     assert grad.device == there.device
     torch.testing.assert_close(loss.double().cpu(), expected, atol=1e-4, rtol=1e-5)
+
+
+MARGINS = {"cosine_margin": 0.2, "angular_margin": 0.3}
+
+
+def head(size: int, classes: int = 300, dimensions: int = 64):
+    """A batch, and a weight whose chunks of classes are several."""
+    x, labels = batch(size, dimensions, classes)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(classes, dimensions, generator=generator).cuda().requires_grad_()
+    return x, weight, labels
+
+
+def margin_loss_and_grads(x, weight, labels):
+    loss = functional.margin_softmax_loss(x, weight, labels, **MARGINS)
+    return loss, *torch.autograd.grad(1.7 * loss, (x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_margin_softmax_is_captured_into_a_graph(dtype, monkeypatch):
+    monkeypatch.setattr(functional._products, "CHUNK_BYTES", {"cuda": 1})
+    x, weight, labels = head(256)
+    x = x.detach().to(dtype).requires_grad_()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        margin_loss_and_grads(x, weight, labels)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = margin_loss_and_grads(x, weight, labels)
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            x.copy_(torch.randn(x.shape, generator=generator))
+            labels.copy_(torch.randint(300, labels.shape, generator=generator))
+        graph.replay()
+        expected = margin_loss_and_grads(x, weight, labels)
+        for actual, wanted in zip(captured, expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
+def test_margin_softmax_runs_on_the_current_stream():
+    x, weight, labels = head(256)
+    expected = margin_loss_and_grads(x, weight, labels)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        y = x.detach().clone().requires_grad_()
+        actual = margin_loss_and_grads(y, weight, labels)
+    stream.synchronize()
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("workspace", ["low", "high"])
+def test_margin_softmax_beyond_32_bits(workspace):
+    """Products and a weight of more than 2^31 numbers; the last class is looked at."""
+    batch_size, classes, dimensions = 64, 2**25 + 5, 65
+    x = torch.zeros(batch_size, dimensions, dtype=torch.bfloat16, device="cuda")
+    x[:, 0] = 1
+    weight = torch.zeros(classes, dimensions, dtype=torch.bfloat16, device="cuda")
+    weight[-1, 0], weight[-1, 1] = 3, 4
+    weight.requires_grad_()
+    labels = torch.full((batch_size,), classes - 1, device="cuda")
+    loss = functional.margin_softmax_loss(x, weight, labels, scale=20.0, workspace=workspace)
+    # All other cosines are 0, that of the target is 0.6.
+    expected = torch.tensor([12.0, torch.tensor(float(classes - 1)).log()]).logsumexp(0) - 12
+    torch.testing.assert_close(loss.detach().cpu(), expected, rtol=1e-3, atol=1e-3)
+    (grad,) = torch.autograd.grad(loss, weight)
+    assert not grad[:-1].any()
+    # (p - 1) * 20 * (u - cos v) / |w|
+    slope = 20 / 5 * torch.expm1(-expected)
+    wanted = slope * torch.tensor([1 - 0.36, -0.48])
+    torch.testing.assert_close(grad[-1, :2].float().cpu(), wanted, rtol=2e-2, atol=1e-2)
+
+
+def test_margin_softmax_on_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, weight, labels = head(128)
+    there = [t.detach().to("cuda:1").requires_grad_() for t in (x, weight)]
+    actual = margin_loss_and_grads(*there, labels.to("cuda:1"))
+    expected = margin_loss_and_grads(x, weight, labels)
+    assert all(a.device == there[0].device for a in actual)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), e.cpu())
