@@ -180,6 +180,21 @@ def test_features_along_or_against_their_class(
     assert_losses_and_grads(run(any_place, case), literal_loss(wide), wide, dtype)
 
 
+@pytest.mark.parametrize("sine", [1e-6, 5e-5, 2e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("multiplier", [1, 3])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_features_almost_along_or_against_their_class(any_place, sine, sign, multiplier, dtype):
+    """Where the derivative is kept at what it is at a sine of 1e-4, and where it is not yet."""
+    case = random_case(
+        5, 3, 3, 6, scale=2.0, angular_multiplier=multiplier, angular_margin=0.5
+    ).to(dtype)  # fmt: skip
+    case.labels[:] = torch.arange(3)
+    case.features = sign * case.weight + sine * case.features
+    wide = case.to(torch.float64)
+    assert_losses_and_grads(run(any_place, case), literal_loss(wide), wide, dtype)
+
+
 @pytest.mark.parametrize("size", [1e20, 1e-21, 1e15, 1e-15])
 @pytest.mark.parametrize("which", ["features", "weight", "both"])
 @pytest.mark.parametrize("flavour", ["cosface", "arcface", "normalized sphereface"])
