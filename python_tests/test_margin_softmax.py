@@ -182,12 +182,15 @@ def test_features_along_or_against_their_class(
 
 @pytest.mark.parametrize("sine", [1e-6, 5e-5, 2e-4, 1e-3, 1e-2])
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("multiplier", [1, 3])
+@pytest.mark.parametrize(("multiplier", "margin"), [(1, 0.5), (3, 0.5), (3, 0.0), (4, 0.0)])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_features_almost_along_or_against_their_class(any_place, sine, sign, multiplier, dtype):
-    """Where the derivative is kept at what it is at a sine of 1e-4, and where it is not yet."""
+def test_features_almost_along_or_against_their_class(
+    any_place, sine, sign, multiplier, margin, dtype
+):
+    """Where the derivative is kept at what it is at a sine of 1e-4, and where it is not yet; and on
+    this side of k pi, where psi would go on another way."""
     case = random_case(
-        5, 3, 3, 6, scale=2.0, angular_multiplier=multiplier, angular_margin=0.5
+        5, 3, 3, 6, scale=2.0, angular_multiplier=multiplier, angular_margin=margin
     ).to(dtype)  # fmt: skip
     case.labels[:] = torch.arange(3)
     case.features = sign * case.weight + sine * case.features

@@ -83,6 +83,22 @@ def test_autocast_decides_the_products_dtype(place, features, autocast, monkeypa
         assert rms([a.double() - e]) <= 0.1 * rms([e])
 
 
+@pytest.mark.parametrize("forward", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backward", HALF)
+def test_backward_keeps_to_the_dtype_of_forward(place, forward, backward):
+    """Also where somebody calls it under another autocast."""
+    case = faces(0, batch=6, classes=9, dimensions=5, **AT_64["cosface"])
+    case = case.to(torch.float32, place.device)
+    inputs = (case.features.requires_grad_(), case.weight.requires_grad_())
+    with place.run():
+        with torch.autocast(place.device, forward, enabled=forward is not None):
+            loss = functional.margin_softmax_loss(*inputs, case.labels, **case.options)
+        expected = torch.autograd.grad(loss, inputs, retain_graph=True)
+        with torch.autocast(place.device, backward):
+            actual = torch.autograd.grad(loss, inputs)
+    assert all(map(torch.equal, actual, expected))
+
+
 @pytest.mark.parametrize("identical", [False, True])
 @pytest.mark.parametrize("flavour", AT_64)
 @pytest.mark.parametrize("dtype", HALF)
