@@ -28,14 +28,29 @@ FACELT_HOST_DEVICE LabelKind label_kind(std::int64_t label, std::int64_t rows,
   return row >= 0 && row < rows ? LabelKind::kOwn : LabelKind::kForeign;
 }
 
-// Sums over the dimensions of a feature x and its class's weight w; u and v are they divided by
-// their norms.
+// Sums over the dimensions of a feature u and its class's weight v, each divided by its norm where
+// normalized_by says so.
 template <class A>
 struct Products {
-  A plain = 0;       // x . w
+  A plain = 0;       // u . v
   A difference = 0;  // |u - v|^2
   A sum = 0;         // |u + v|^2
 };
+
+template <class A>
+struct Factors {
+  A feature;
+  A weight;
+};
+
+// Angles are those of normalised rows, whatever the logit is.
+template <class A>
+FACELT_HOST_DEVICE Factors<A> normalized_by(A inverse_feature_norm, A inverse_weight_norm,
+                                            const MarginSoftmaxOptions& options) {
+  const bool angles = options.normalize_weight;
+  return {options.normalize_features || angles ? inverse_feature_norm : A(1),
+          angles ? inverse_weight_norm : A(1)};
+}
 
 // A target logit, its derivative by the cosine (as a factor of scale * |x|, if features are not
 // normalised), and its derivative along the feature's direction at a fixed angle (of scale).
@@ -83,23 +98,19 @@ FACELT_HOST_DEVICE Target<A> target_logit(const Products<A>& products, A inverse
                                           A inverse_weight_norm, A cosine_margin, A angular_margin,
                                           const MarginSoftmaxOptions& options) {
   const A scale = static_cast<A>(options.scale);
-  if (!options.normalize_weight) {
-    const A norm = options.normalize_features ? inverse_feature_norm : A(1);
-    return {scale * (products.plain * norm), A(1), A(0)};
-  }
+  if (!options.normalize_weight) return {scale * products.plain, A(1), A(0)};
   const bool zero = inverse_feature_norm == A(0) || inverse_weight_norm == A(0);
   const A half = static_cast<A>(0.70710678118654752440);
   const A half_sine = zero ? half : sqrt(products.difference) / 2;
   const A half_cosine = zero ? half : sqrt(products.sum) / 2;
-  const A plain = products.plain * inverse_feature_norm * inverse_weight_norm;
   const bool bare = options.angular_multiplier == 1 && angular_margin == A(0);
   const Psi<A> angular =
-      bare ? Psi<A>{plain, A(1)}
+      bare ? Psi<A>{products.plain, A(1)}
            : psi(half_sine, half_cosine, angular_margin, options.angular_multiplier);
   const A reduced = angular.value - cosine_margin;
   if (options.normalize_features) return {scale * reduced, angular.slope, A(0)};
   const A norm = inverse_feature_norm == A(0) ? A(0) : 1 / inverse_feature_norm;
-  const A cosine = zero ? A(0) : plain;
+  const A cosine = zero ? A(0) : products.plain;
   return {scale * (norm * reduced), angular.slope, reduced - angular.slope * cosine};
 }
 

@@ -39,10 +39,11 @@ void targets_of(const TensorView& features, const TensorView& inverse_feature_no
         const A* feature = feature_reader.read(x + i * dimensions);
         const A* row = weight_reader.read(w + (classes[i] - options.class_offset) * dimensions);
         const A inverse = inverse_norm(row, dimensions);
+        const Factors<A> factors = normalized_by(inverses[i], inverse, options);
         Products<A> products;
         for (std::int64_t d = 0; d < dimensions; ++d) {
-          const A u = feature[d] * inverses[i], v = row[d] * inverse;
-          products.plain += feature[d] * row[d];
+          const A u = feature[d] * factors.feature, v = row[d] * factors.weight;
+          products.plain += u * v;
           products.difference += (u - v) * (u - v);
           products.sum += (u + v) * (u + v);
         }

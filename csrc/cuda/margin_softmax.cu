@@ -27,15 +27,13 @@ struct TargetTask {
 };
 
 template <class T, class W>
-__device__ Products<Compute<T>> products_of(const T* feature, Compute<T> inverse_feature_norm,
-                                            const W* row, Compute<T> inverse_weight_norm,
-                                            std::int64_t n) {
+__device__ Products<Compute<T>> products_of(const T* feature, const W* row,
+                                            const Factors<Compute<T>>& factors, std::int64_t n) {
   using A = Compute<T>;
   Products<A> p;
   for (std::int64_t d = lane_of_warp(); d < n; d += kWarp) {
-    const A x = widen(feature[d]), w = widen(row[d]);
-    const A u = x * inverse_feature_norm, v = w * inverse_weight_norm;
-    p.plain += x * w;
+    const A u = widen(feature[d]) * factors.feature, v = widen(row[d]) * factors.weight;
+    p.plain += u * v;
     p.difference += (u - v) * (u - v);
     p.sum += (u + v) * (u + v);
   }
@@ -59,7 +57,8 @@ __global__ void targets_kernel(TargetTask<T, W> task) {
     const A inverse = inverse_norm(row, task.dimensions);
     const A own = task.inverse_feature_norms[i];
     const Products<A> products =
-        products_of(task.features + i * task.dimensions, own, row, inverse, task.dimensions);
+        products_of(task.features + i * task.dimensions, row,
+                    normalized_by(own, inverse, task.options), task.dimensions);
     target = target_logit(products, own, inverse, task.cosine_margin[i], task.angular_margin[i],
                           task.options);
   }
