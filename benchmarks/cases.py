@@ -1,89 +1,66 @@
-"""The cases that are timed: a shape, a form, and a function that runs it forward and backward."""
+"""What is timed: the cases of a family, each a form at a shape.
+
+A family is a module here, `cases(device)` of which lists them, beside a module of its forms.
+"""
 
 from __future__ import annotations
 
-import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks import range_loss_forms as forms
-
+FAMILIES = ("range_loss", "margin_softmax", "compactness")
 THREADS = 2
-DIMENSIONS = 512
-ZIPF_CLASSES = 1000
+
+# Runs a form once and gives its results, which are not counted as memory that it takes.
+Run = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """P classes of K samples, or `batch` labels with p_c ~ 1/c over 1,000 classes."""
+class Case:
+    """A form at a shape. The first one of a shape is ours, which the others are compared with.
 
-    name: str
-    classes: int = 0
-    samples: int = 0
-    batch: int = 0
-    dimensions: int = DIMENSIONS
+    Attributes:
+        prepare: makes the inputs and gives what is timed.
+        checked: whether the results have to be ours.
+        left_out: why it is not run, if so.
+    """
 
-    def data(self, device: str) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        if self.batch:
-            weights = 1 / torch.arange(1, ZIPF_CLASSES + 1, dtype=torch.float64)
-            labels = torch.multinomial(weights, self.batch, replacement=True, generator=generator)
-        else:
-            labels = torch.arange(self.classes).repeat_interleave(self.samples)
-        x = torch.randn(len(labels), self.dimensions, generator=generator)
-        return x.to(device).requires_grad_(), labels.to(device)
+    shape: str
+    form: str
+    prepare: Callable[[], Run]
+    checked: bool = True
+    left_out: str = ""
 
-
-SHAPES = [
-    Shape("one call (2x1, D=1)", 1, 2, dimensions=1),
-    Shape("4x8", 4, 8),
-    Shape("16x16", 16, 16),
-    Shape("64x8", 64, 8),
-    Shape("256x8", 256, 8),
-    Shape("Zipf B=1024", batch=1024),
-    Shape("Zipf B=4096", batch=4096),
-]
-
-ANY_LABELS = {
-    "ours": forms.ours,
-    "torch.compile of ours": torch.compile(forms.ours, fullgraph=True),
-    "reference": forms.plain_reference,
-    "eager loop": forms.loop,
-    "eager dense": forms.dense,
-    "torch.compile of eager dense": torch.compile(forms.dense),
-}
-PK_ONLY = {
-    "eager PxK differences": forms.pk_difference,
-    "eager PxK Gram": forms.pk_gram,
-    "torch.compile of PxK differences": torch.compile(forms.pk_difference),
-    "torch.compile of PxK Gram": torch.compile(forms.pk_gram),
-}
+    @property
+    def name(self) -> str:
+        return f"{self.shape} | {self.form}"
 
 
-def forms_of(shape: Shape) -> list[str]:
-    if shape.classes == 1:
-        return ["ours", "torch.compile of ours"]
-    return [*ANY_LABELS, *PK_ONLY] if shape.classes else list(ANY_LABELS)
+def cases_of(family: str, device: str, select: str = "") -> list[Case]:
+    """The family's cases whose name holds `select`."""
+    cases = importlib.import_module(f"benchmarks.{family}").cases(device)
+    return [case for case in cases if select in case.name]
 
 
-def forward(shape: Shape, form: str, x: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    if form in PK_ONLY:
-        return functools.partial(PK_ONLY[form], x, shape.classes)
-    return functools.partial(ANY_LABELS[form], x, labels)
+def ours_for(case: Case, family: str, device: str) -> Case:
+    return next(other for other in cases_of(family, device) if other.shape == case.shape)
 
 
-def runner(shape: Shape, form: str, device: str) -> Callable[[], Tensor]:
-    """A function that runs the form forward and backward, to the end, and returns the gradient."""
-    x, labels = shape.data(device)
-    loss = forward(shape, form, x, labels)
+def ready(case: Case, device: str) -> Run:
+    """The case, prepared, to be run to its end in each call."""
+    torch.set_num_threads(THREADS)
+    torch.compiler.reset()
+    run = case.prepare()
+    if device == "cpu":
+        return run
 
-    def run() -> Tensor:
-        (grad,) = torch.autograd.grad(loss(), x)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return grad
+    def finished() -> tuple[Tensor, ...]:
+        results = run()
+        torch.cuda.synchronize()
+        return results
 
-    return run
+    return finished

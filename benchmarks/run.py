@@ -1,6 +1,6 @@
-"""Runs the benchmarks, prints one table and writes the figures to benchmarks/results/.
+"""Runs the benchmarks, prints a table for each family, writes its figures to benchmarks/results/.
 
-The table gives medians of forward + backward, and for each form how many times ours is faster.
+The tables give medians, and how they compare with the floor and with ours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import facelt_ext
-from benchmarks.cases import THREADS
+from benchmarks.cases import FAMILIES, THREADS, cases_of
 from benchmarks.memory import peak_extra_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,40 +26,53 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=FAMILIES, help="only this one")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--select", default="", help="only cases whose name holds this")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON files")
     options = parser.parse_args()
-    rows = timed(options.device, options.select)
-    for row in tqdm(rows, desc="memory", unit="case", leave=False):
-        row["extra_bytes"] = peak_extra_bytes(row["shape"], row["form"], options.device)
-    record = {"machine": machine(options.device), "cases": rows}
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"range_loss-{options.device}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(table(rows))
-    print(f"\n{record['machine']}\n-> {path}")
+    for family in [options.family] if options.family else FAMILIES:
+        rows = measured(family, options.device, options.select)
+        record = {"machine": machine(options.device), "cases": rows}
+        path = options.output / f"{family}-{options.device}.json"
+        path.write_text(json.dumps(record, indent=2) + "\n")
+        print(f"\n{table(rows)}\n\n{record['machine']}\n-> {path}\n")
 
 
-def timed(device: str, select: str) -> list[dict]:
+def measured(family: str, device: str, select: str) -> list[dict]:
+    times = timed(family, device, select)
+    rows = []
+    for case in tqdm(cases_of(family, device, select), desc="memory", unit="case", leave=False):
+        row = {"shape": case.shape, "form": case.form}
+        if case.left_out:
+            row["left_out"] = case.left_out
+        else:
+            row |= times[case.shape, case.form]
+            row["extra_bytes"] = peak_extra_bytes(family, device, case.shape, case.form)
+        rows.append(row)
+    return rows
+
+
+def timed(family: str, device: str, select: str) -> dict[tuple[str, str], dict]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "benchmark.json"
         command = [
             *(sys.executable, "-m", "pytest", str(Path(__file__).parent), "-q"),
-            *("--device", device, "-k", select, f"--benchmark-json={output}"),
-            *("--benchmark-columns=median,iqr,rounds", "--benchmark-sort=name"),
+            *("--family", family, "--device", device, "--select", select),
+            *(f"--benchmark-json={output}", "--benchmark-columns=median,iqr,rounds"),
+            "--benchmark-sort=name",
         ]
         subprocess.run(command, check=True)
         benchmarks = json.loads(output.read_text())["benchmarks"]
-    return [
-        {
-            **b["extra_info"],
+    return {
+        (b["extra_info"]["shape"], b["extra_info"]["form"]): {
             "median_s": b["stats"]["median"],
             "iqr_s": b["stats"]["iqr"],
             "rounds": b["stats"]["rounds"],
         }
         for b in benchmarks
-    ]
+    }
 
 
 def machine(device: str) -> dict[str, object]:
@@ -84,19 +97,28 @@ def processor() -> str:
 
 
 def table(rows: list[dict]) -> str:
-    ours = {row["shape"]: row["median_s"] for row in rows if row["form"] == "ours"}
-    lines = [
-        [
-            row["shape"],
-            row["form"],
-            f"{row['median_s'] * 1e3:.3f}",
-            f"{row['median_s'] / ours[row['shape']]:.1f} x" if row["shape"] in ours else "",
-            f"{row['extra_bytes'] / 2**20:.1f}",
-        ]
-        for row in rows
-    ]
-    headers = ["shape", "form", "ms", "to ours", "extra MiB"]
-    return tabulate(lines, headers, colalign=("left", "left", "right", "right", "right"))
+    """Ratios are to the floor, where the family has one, and to the first form, which is ours."""
+    times = {(row["shape"], row["form"]): row.get("median_s") for row in rows}
+    ours = {row["shape"]: row.get("median_s") for row in reversed(rows)}
+    lines = []
+    for row in rows:
+        shape, form, time = row["shape"], row["form"], row.get("median_s")
+        line = [shape, form]
+        if time is None:
+            line += ["", "", "", row["left_out"]]
+        else:
+            floor = times.get((shape, "floor"))
+            line += [f"{time * 1e3:.3f}", ratio(time, floor), ratio(time, ours[shape])]
+            line += [f"{row['extra_bytes'] / 2**20:.1f}"]
+        lines.append(line)
+    headers = ["shape", "form", "ms", "to floor", "to ours", "extra MiB"]
+    return tabulate(
+        lines, headers, colalign=("left", "left", *["right"] * 4), disable_numparse=True
+    )
+
+
+def ratio(time: float, base: float | None) -> str:
+    return f"{time / base:.2f} x" if base else ""
 
 
 if __name__ == "__main__":
