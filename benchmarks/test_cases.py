@@ -12,18 +12,23 @@ from torch import Tensor
 from benchmarks.cases import Case, Run, ours_for, ready
 from benchmarks.memory import empty_pool
 
-WARM_UP_RUNS, WARM_UP_SECONDS = 3, 1.0
+# Cases that take longer are timed in few rounds.
+SLOW, FEW = 0.5, 3
 
 
-@pytest.mark.benchmark(min_rounds=3)
 def test_case(benchmark, case: Case, family: str, device: str) -> None:
     if case.left_out:
         pytest.skip(case.left_out)
     run = ready(case, device)
+    results = run()  # compiles
     if case.checked:
-        check(run(), expected(ours_for(case, family, device), device))
-    warm_up(run)
-    benchmark(run)
+        check(results, expected(ours_for(case, family, device), device))
+    del results
+    if seconds(run) > SLOW:
+        benchmark.pedantic(run, rounds=FEW)
+    else:
+        run()
+        benchmark(run)
     benchmark.extra_info.update(shape=case.shape, form=case.form)
     # What ours keeps for its next step would be missing to the next case.
     empty_pool()
@@ -40,10 +45,7 @@ def check(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(result, value, atol=1e-4 * size, rtol=1e-2)
 
 
-def warm_up(run: Run) -> None:
-    """Compiles, and fills caches."""
-    end = time.perf_counter() + WARM_UP_SECONDS
-    for _ in range(WARM_UP_RUNS):
-        run()
-        if time.perf_counter() > end:
-            break
+def seconds(run: Run) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
