@@ -53,6 +53,9 @@ def samples(place, dtype: torch.dtype):
     for keep, weight_dtype in [(True, dtype), (False, torch.promote_types(dtype, torch.float32))]:
         yield from margin_softmax_samples(x, weight_dtype, keep, backend)
 
+    for k in (2, 11):  # some of the others, and all
+        yield OPS.inter_class_compactness, (x, labels % 12, k, 3.0, dtype, backend)
+
 
 def margin_softmax_samples(x: torch.Tensor, weight_dtype: torch.dtype, keep: bool, backend: str):
     labels = torch.tensor([4, 4, 1, 0, 3, -100, 2, 2, 4, 4, 4, 0], device=x.device)
