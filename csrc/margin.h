@@ -124,6 +124,28 @@ FACELT_HOST_DEVICE A power_of_two_above(A value) {
   return ldexp(A(1), fraction == A(0.5) ? exponent - 1 : exponent);
 }
 
+FACELT_HOST_DEVICE bool takes_part(std::int64_t label, const MarginSoftmaxOptions& options) {
+  const LabelKind kind = label_kind(label, 0, options);
+  return kind != LabelKind::kIgnored && kind != LabelKind::kInvalid;
+}
+
+// How large a sample's numbers in the gradient become: at its target, where an angular margin's
+// slope may be steep.
+template <class A>
+FACELT_HOST_DEVICE A gradient_size(A grad, A slope) {
+  const A steepness = fabs(slope);
+  return fabs(grad) * (steepness > A(1) ? steepness : A(1));
+}
+
+// What float16 has no room for when it adds up all samples of a class: features that are not
+// normalised.
+template <class A>
+FACELT_HOST_DEVICE A crowding(A largest_norm, std::int64_t batch,
+                              const MarginSoftmaxOptions& options) {
+  const A sum = largest_norm * static_cast<A>(batch) / A(32768);
+  return !options.normalize_features && sum > A(1) ? sum : A(1);
+}
+
 template <class A>
 FACELT_HOST_DEVICE A feature_gain_of(LabelKind kind, A gain) {
   if (kind == LabelKind::kIgnored) return A(0);

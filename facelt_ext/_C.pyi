@@ -146,6 +146,8 @@ class Backend(Protocol):
         self,
         grad_losses: Tensor,
         labels: Tensor,
+        targets: Tensor,
+        inverse_feature_norms: Tensor,
         options: tuple[float, int, bool, bool, int, int, int],
         coefficients: Tensor,
         weight_gain: Tensor,

@@ -118,6 +118,26 @@ def test_a_thousand_steps_without_nan(dtype, flavour, identical):
             w -= 1e-3 * grads[1]
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, None])
+@pytest.mark.parametrize("normalize_features", [True, False])
+def test_features_opposite_to_their_class_do_not_overflow(
+    place, dtype, weight_dtype, normalize_features
+):
+    """There ArcFace's slope is 10,000, and one class has all samples of the batch."""
+    generator = torch.Generator().manual_seed(0)
+    w = (0.01 * torch.randn(12, 6, generator=generator)).to(dtype)
+    x = (-500 * w[:1]).expand(20, 6).clone().to(place.device).requires_grad_()
+    w = w.to(place.device, weight_dtype or dtype).requires_grad_()
+    labels = torch.zeros(20, dtype=torch.int64, device=place.device)
+    with place.run():
+        loss = functional.margin_softmax_loss(
+            x, w, labels, angular_margin=0.5, normalize_features=normalize_features, scale=8.0
+        )
+    assert loss.isfinite()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, (x, w)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_scaled_loss_has_scaled_gradients(place, dtype):
     """To the bit: a GradScaler's power of two goes past the half types."""
@@ -235,7 +255,9 @@ def test_a_label_out_of_range(any_place, label, flavour, reduction):
         loss = functional.margin_softmax_loss(
             x, w, case.labels.to(any_place.device), reduction=reduction, **case.options
         )
-        grad_x, grad_w = torch.autograd.grad(loss, (x, w), torch.ones_like(loss))
+        upstream = torch.ones_like(loss)
+        grad_x, grad_w = torch.autograd.grad(loss, (x, w), upstream, retain_graph=True)
+        again_x, again_w = torch.autograd.grad(loss, (x, w), upstream, create_graph=True)
     others = torch.arange(5) != 2
     if reduction == "none":
         assert loss[2].isnan() and loss[others].isfinite().all()
@@ -243,6 +265,8 @@ def test_a_label_out_of_range(any_place, label, flavour, reduction):
         assert loss.isnan()
     assert grad_x[2].isnan().all() and grad_x[others].isfinite().all()
     assert torch.equal(grad_w.cpu(), expected_w)
+    torch.testing.assert_close(again_x.detach(), grad_x, atol=1e-5, rtol=1e-5, equal_nan=True)
+    torch.testing.assert_close(again_w.detach(), grad_w, atol=1e-5, rtol=1e-5)
     facelt_ext.debug_checks(True)
     try:
         with pytest.raises(ValueError, match=f"labels: .* got {label} at position 2"):

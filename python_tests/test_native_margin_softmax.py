@@ -38,7 +38,8 @@ CALLS = {
         "  ": True, "normalizer": empty(2, 4),
     },
     "margin_softmax_coefficients": {
-        "grad_losses": empty(4), "labels": empty(4, dtype=torch.int64), "": OPTIONS,
+        "grad_losses": empty(4), "labels": empty(4, dtype=torch.int64), "targets": empty(3, 4),
+        "inverse_feature_norms": empty(4), "": OPTIONS,
         "coefficients": empty(4), "weight_gain": empty(1), "feature_gain": empty(4),
     },
     "margin_softmax_gradient": {
@@ -139,8 +140,9 @@ def test_coefficients_are_brought_to_one_by_a_power_of_two(module, largest):
     # Those of samples that take no part do not count.
     labels = torch.tensor([0, 5, -100, 6, 1])
     coefficients, gain, own_gain = empty(5), empty(1), empty(5)
+    slopes = torch.tensor([[0.0], [-0.5], [0.0]]).expand(3, 5).contiguous()
     getattr(_C, module).margin_softmax_coefficients(
-        grads, labels, OPTIONS, coefficients, gain, own_gain, 1
+        grads, labels, slopes, torch.ones(5), OPTIONS, coefficients, gain, own_gain, 1
     )
     unit = gain.item() / 8
     assert unit == 2 ** torch.tensor(largest).log2().ceil().item()
@@ -148,6 +150,22 @@ def test_coefficients_are_brought_to_one_by_a_power_of_two(module, largest):
     assert torch.equal(coefficients * unit, grads * torch.tensor([1, 1, 0, 0, 1]))
     assert own_gain.isnan().tolist() == [False, False, False, True, False]
     assert own_gain[[0, 1, 2, 4]].tolist() == [gain.item(), gain.item(), 0, gain.item()]
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(("norm", "crowding"), [(100.0, 1), (2.0**15, 4)])
+def test_coefficients_leave_room_for_slopes_and_features(module, norm, crowding):
+    """Four samples of a class add up; so does what their features are, if not normalised."""
+    grads, labels = torch.tensor([1.0, 1.0, 0.5, -1.0]), torch.tensor([0, 0, 0, -100])
+    targets = torch.tensor([[0.0] * 4, [-0.5, 3.0, -8.0, 1e4], [0.0] * 4])
+    coefficients, gain, own_gain = empty(4), empty(1), empty(4)
+    for normalized in (True, False):
+        options = (OPTIONS[0], OPTIONS[1], normalized, *OPTIONS[3:])
+        getattr(_C, module).margin_softmax_coefficients(
+            grads, labels, targets, torch.full((4,), 1 / norm), options, coefficients, gain,
+            own_gain, 1,
+        )  # fmt: skip
+        assert gain.item() / options[0] == 4 * (1 if normalized else crowding)
 
 
 BYTES = 8 << 20

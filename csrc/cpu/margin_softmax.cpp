@@ -144,6 +144,7 @@ void margin_softmax_normalizer(const TensorView& products, const TensorView& col
 }
 
 void margin_softmax_coefficients(const TensorView& grad_losses, const TensorView& labels,
+                                 const TensorView& targets, const TensorView& inverse_feature_norms,
                                  const MarginSoftmaxOptions& options,
                                  const TensorView& coefficients, const TensorView& weight_gain,
                                  const TensorView& feature_gain, Execution) {
@@ -152,21 +153,21 @@ void margin_softmax_coefficients(const TensorView& grad_losses, const TensorView
   dispatch_floating(grad_losses.dtype, "grad_losses", [&](auto zero) {
     using A = Compute<decltype(zero)>;
     const A* grads = input<A>(grad_losses, "grad_losses", batch);
+    const A* slopes = input<A>(targets, "targets", 3 * batch) + batch;
+    const A* inverses = input<A>(inverse_feature_norms, "inverse_feature_norms", batch);
     A* out = output<A>(coefficients, "coefficients", batch);
     A* feature_gains = output<A>(feature_gain, "feature_gain", batch);
-    const auto takes_part = [&](std::int64_t i) {
-      const LabelKind kind = label_kind(classes[i], 0, options);
-      return kind != LabelKind::kIgnored && kind != LabelKind::kInvalid;
-    };
-    A largest = 0;
+    A largest = 0, largest_norm = 0;
     for (std::int64_t i = 0; i < batch; ++i) {
-      if (takes_part(i)) largest = std::max(largest, std::abs(grads[i]));
+      if (!takes_part(classes[i], options)) continue;
+      largest = std::max(largest, gradient_size(grads[i], slopes[i]));
+      if (inverses[i] > A(0)) largest_norm = std::max(largest_norm, 1 / inverses[i]);
     }
-    const A unit = power_of_two_above(largest);
+    const A unit = power_of_two_above(largest * crowding(largest_norm, batch, options));
     const A gain = static_cast<A>(options.scale) * unit;
     *output<A>(weight_gain, "weight_gain", 1) = gain;
     for (std::int64_t i = 0; i < batch; ++i) {
-      out[i] = takes_part(i) ? grads[i] / unit : A(0);
+      out[i] = takes_part(classes[i], options) ? grads[i] / unit : A(0);
       feature_gains[i] = feature_gain_of(label_kind(classes[i], 0, options), gain);
     }
   });
@@ -203,7 +204,7 @@ void margin_softmax_gradient(const TensorView& products, const TensorView& colum
           const std::int64_t column = chunk.target_column(i);
           if (column >= 0) {
             const A weight = chunk.column_scales ? chunk.column_scales[column] : A(1);
-            // Near |cos(theta)| = 1 an angular margin's slope is large.
+            // A row that is nearly zero has a large scale.
             place[column] = within_range<P>(weight * factors[i] * slopes[i] *
                                             (std::exp(chunk.target_logits[i] - shifts[i]) - A(1)));
           }

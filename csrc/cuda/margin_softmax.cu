@@ -173,34 +173,56 @@ __global__ void gradient_kernel(Chunk<P> chunk, const Compute<P>* lse,
     A value = exp(chunk.logit(i, j) - shift);
     if (j == target) value = (value - A(1)) * chunk.targets[chunk.batch + i];
     value *= coefficient * chunk.column_scale(j);
-    // Near |cos(theta)| = 1 an angular margin's slope is large.
+    // A row that is nearly zero has a large scale.
     if (j == target) value = within_range<P>(value);
     gradient[i * chunk.columns + j] = narrow<P>(coefficient == A(0) ? A(0) : value);
   }
 }
 
 template <class A>
-__global__ void coefficients_kernel(const A* grads, const std::int64_t* labels,
-                                    MarginSoftmaxOptions options, std::int64_t batch,
-                                    A* coefficients, A* weight_gain, A* feature_gain) {
-  FACELT_SHARED(A, largest, kThreadWarps);
-  A own = 0;
-  for (std::int64_t i = threadIdx.x; i < batch; i += kThreads) {
-    const LabelKind kind = label_kind(labels[i], 0, options);
-    const A size = kind == LabelKind::kForeign ? A(fabs(grads[i])) : A(0);
-    if (size > own) own = size;
-  }
-  own = warp_max(own);
-  if (lane_of_warp() == 0) largest[threadIdx.x / kWarp] = own;
+struct CoefficientsTask {
+  const A* grads;
+  const std::int64_t* labels;
+  const A* slopes;
+  const A* inverse_feature_norms;
+  MarginSoftmaxOptions options;
+  std::int64_t batch;
+  A* coefficients;
+  A* weight_gain;
+  A* feature_gain;
+};
+
+// The largest of a block's numbers, in every thread.
+template <class A>
+__device__ A block_max(A* shared, A value) {
+  value = warp_max(value);
+  if (lane_of_warp() == 0) shared[threadIdx.x / kWarp] = value;
   __syncthreads();
-  for (int w = 0; w < kThreadWarps; ++w) own = largest[w] > own ? largest[w] : own;
-  const A unit = power_of_two_above(own);
-  const A gain = static_cast<A>(options.scale) * unit;
-  if (threadIdx.x == 0) *weight_gain = gain;
-  for (std::int64_t i = threadIdx.x; i < batch; i += kThreads) {
-    const LabelKind kind = label_kind(labels[i], 0, options);
-    coefficients[i] = kind == LabelKind::kForeign ? grads[i] / unit : A(0);
-    feature_gain[i] = feature_gain_of(kind, gain);
+  for (int w = 0; w < kThreadWarps; ++w) value = shared[w] > value ? shared[w] : value;
+  __syncthreads();
+  return value;
+}
+
+template <class A>
+__global__ void coefficients_kernel(CoefficientsTask<A> task) {
+  FACELT_SHARED(A, shared, kThreadWarps);
+  A largest = 0, largest_norm = 0;
+  for (std::int64_t i = threadIdx.x; i < task.batch; i += kThreads) {
+    if (!takes_part(task.labels[i], task.options)) continue;
+    const A size = gradient_size(task.grads[i], task.slopes[i]);
+    const A inverse = task.inverse_feature_norms[i];
+    if (size > largest) largest = size;
+    if (inverse > A(0) && 1 / inverse > largest_norm) largest_norm = 1 / inverse;
+  }
+  largest = block_max(shared, largest);
+  largest_norm = block_max(shared, largest_norm);
+  const A unit = power_of_two_above(largest * crowding(largest_norm, task.batch, task.options));
+  const A gain = static_cast<A>(task.options.scale) * unit;
+  if (threadIdx.x == 0) *task.weight_gain = gain;
+  for (std::int64_t i = threadIdx.x; i < task.batch; i += kThreads) {
+    const LabelKind kind = label_kind(task.labels[i], 0, task.options);
+    task.coefficients[i] = takes_part(task.labels[i], task.options) ? task.grads[i] / unit : A(0);
+    task.feature_gain[i] = feature_gain_of(kind, gain);
   }
 }
 
@@ -274,6 +296,7 @@ void margin_softmax_normalizer(const TensorView& products, const TensorView& col
 }
 
 void margin_softmax_coefficients(const TensorView& grad_losses, const TensorView& labels,
+                                 const TensorView& targets, const TensorView& inverse_feature_norms,
                                  const MarginSoftmaxOptions& options,
                                  const TensorView& coefficients, const TensorView& weight_gain,
                                  const TensorView& feature_gain, Execution execution) {
@@ -282,12 +305,17 @@ void margin_softmax_coefficients(const TensorView& grad_losses, const TensorView
   dispatch_floating(grad_losses.dtype, "grad_losses", [&](auto zero) {
     using A = Compute<decltype(zero)>;
     constexpr ScalarType kType = Scalar<A>::kType;
-    launch(coefficients_kernel<A>, 1, kThreads, 0, stream_of(execution),
-           pointer<const A>(grad_losses, "grad_losses", kType, batch, device),
-           pointer<const std::int64_t>(labels, "labels", ScalarType::kInt64, batch, device),
-           options, batch, pointer<A>(coefficients, "coefficients", kType, batch, device),
-           pointer<A>(weight_gain, "weight_gain", kType, 1, device),
-           pointer<A>(feature_gain, "feature_gain", kType, batch, device));
+    const CoefficientsTask<A> task{
+        pointer<const A>(grad_losses, "grad_losses", kType, batch, device),
+        pointer<const std::int64_t>(labels, "labels", ScalarType::kInt64, batch, device),
+        pointer<const A>(targets, "targets", kType, 3 * batch, device) + batch,
+        pointer<const A>(inverse_feature_norms, "inverse_feature_norms", kType, batch, device),
+        options,
+        batch,
+        pointer<A>(coefficients, "coefficients", kType, batch, device),
+        pointer<A>(weight_gain, "weight_gain", kType, 1, device),
+        pointer<A>(feature_gain, "feature_gain", kType, batch, device)};
+    launch(coefficients_kernel<A>, 1, kThreads, 0, stream_of(execution), task);
   });
 }
 

@@ -158,8 +158,8 @@ def backward(grad_losses, features, weight, labels, lse, targets, inverse_norms,
         head.empty(head.batch),
     )
     head.run(
-        "margin_softmax_coefficients", grad_losses.contiguous(), head.labels, head.options,
-        coefficients, weight_gain, feature_gain,
+        "margin_softmax_coefficients", grad_losses.contiguous(), head.labels, targets,
+        head.inverse_feature_norms, head.options, coefficients, weight_gain, feature_gain,
     )  # fmt: skip
     # What takes no part may hold anything, and 0 * NaN would spread.
     operand = torch.where(coefficients[:, None] == 0, 0, head.operand)
