@@ -12,7 +12,7 @@ NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.tom
 .PHONY: demo test bench lint format wheel sanitize clean
 
 demo: $(VENV)/installed
-	$(RUN) examples/range_loss_faces.py $(ARGS)
+	$(RUN) examples/faces.py $(ARGS)
 
 test: $(VENV)/installed
 	$(RUN) -m pytest $(ARGS)

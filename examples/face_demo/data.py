@@ -56,6 +56,7 @@ class LongTailSplit:
             identity first.
         heldout_images, heldout_labels: other images of the same T identities, which were cut off
             to make the long tail.
+        train_names: the T identities' names.
         unseen_images, unseen_labels: all images of the identities that are not trained on.
         train_counts: int64 ``[T]``, training images of each identity.
         is_head: bool ``[T]``, identities with at least half as many as the richest.
@@ -65,6 +66,7 @@ class LongTailSplit:
     train_labels: Tensor
     heldout_images: Tensor
     heldout_labels: Tensor
+    train_names: list[str]
     unseen_images: Tensor
     unseen_labels: Tensor
     train_counts: Tensor
@@ -235,6 +237,7 @@ def split_long_tail(faces: FaceImages, seed: int) -> LongTailSplit:
         train_labels=new_label[faces.labels[train]],
         heldout_images=faces.images[heldout],
         heldout_labels=new_label[faces.labels[heldout]],
+        train_names=[faces.names[identity] for identity in ranking.tolist()],
         unseen_images=faces.images[unseen],
         unseen_labels=faces.labels[unseen] - num_train,
         train_counts=counts,

@@ -15,30 +15,35 @@ EMBEDDING_SIZE = 64
 class FaceNet(nn.Module):
     """Three convolutions and one fully connected layer, whose output is the face's feature.
 
-    ``forward`` takes ``[B, 1, 56, 46]`` and returns unnormalised features ``[B, 64]``;
-    ``classifier`` turns these into logits ``[B, num_classes]``.
+    ``forward`` takes ``[B, 1, 56, 46]`` and returns unnormalised features ``[B, 64]`` and, with a
+    ``balancing`` module (a `facelt_ext.ResidualBalancingModule`), which they pass through at test
+    time too, its gate ``[B]``; None without one.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, balancing: nn.Module | None = None) -> None:
         super().__init__()
         channels = [1, 16, 32, 64]
         self.convolutions = nn.Sequential(
             *(_convolution(a, b) for a, b in itertools.pairwise(channels))
         )
         self.embedding = nn.Linear(channels[-1] * 7 * 5, EMBEDDING_SIZE)
-        self.classifier = nn.Linear(EMBEDDING_SIZE, num_classes)
+        self.balancing = balancing
+        # Pooling on the CPU is several times faster in this memory format.
+        self.convolutions.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.embedding(self.convolutions(images).flatten(1))
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        images = images.contiguous(memory_format=torch.channels_last)
+        features = self.embedding(self.convolutions(images).flatten(1))
+        return (features, None) if self.balancing is None else self.balancing(features)
 
 
 def _convolution(channels_in: int, channels_out: int) -> nn.Sequential:
-    """3x3 convolution that halves height and width."""
+    """3x3 convolution that halves height and width; what follows the pooling has less to do."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False),
+        nn.MaxPool2d(2),
         nn.BatchNorm2d(channels_out),
         nn.ReLU(),
-        nn.MaxPool2d(2),
     )
 
 
@@ -66,8 +71,9 @@ def augment(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def embed(model: FaceNet, images: Tensor, batch_size: int = 256) -> Tensor:
+def embed(network: FaceNet, images: Tensor, batch_size: int = 256) -> Tensor:
     """L2-normalised features ``[N, 64]`` of network inputs, on the CPU, in evaluation mode."""
-    model.eval()
-    features = torch.cat([model(batch) for batch in images.split(batch_size)])
+    network.eval()
+    device = network.embedding.weight.device
+    features = torch.cat([network(batch.to(device))[0] for batch in images.split(batch_size)])
     return F.normalize(features).cpu()

@@ -1,41 +1,68 @@
-"""The table, the JSON file and the Markdown page of a comparison of two methods."""
+"""The tables, the JSON file and the Markdown page of a comparison of methods."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+import torch
+from torch import Tensor
+
 from .data import FaceImages, LongTailSplit
+from .methods import Method
+from .metrics import Pairs
 
 Figures = dict[str, float | None]
 
 METRICS = {
-    "accuracy": "unseen: verification accuracy",
-    "tar": "unseen: TAR at FAR = 1 %",
-    "rank1": "unseen: rank-1 identification",
-    "rank1_head": "held out, head: rank-1",
-    "rank1_tail": "held out, tail: rank-1",
-    "tar_head": "held out, head: TAR at FAR = 1 %",
-    "tar_tail": "held out, tail: TAR at FAR = 1 %",
+    "accuracy": "unseen: accuracy",
+    "tar": "unseen: TAR",
+    "rank1": "unseen: rank-1",
+    "rank1_head": "head: rank-1",
+    "rank1_tail": "tail: rank-1",
+    "tar_head": "head: TAR",
+    "tar_tail": "tail: TAR",
 }
 
 EXPLANATION = """\
 All scores are cosines of features; figures are in per cent, mean ± standard deviation over the
-seeds. The last column is the mean ± standard deviation of the differences seed by seed.
+seeds. Differences are taken seed by seed, and then their mean and standard deviation. With few
+seeds a mean difference no larger than its standard deviation may well be chance, and among as many
+differences as here so may a larger one.
 
 - **Unseen**: all images of identities that were never trained on.
-  *Verification accuracy*: as many impostor as genuine pairs, in ten folds; the threshold for each
-  fold is the best one on the nine others (the folds divide pairs, not identities).
-  *TAR at FAR = 1 %*: over all pairs, the genuine pairs that are accepted where one impostor pair
+  *Accuracy*, of verification: as many impostor as genuine pairs, in ten folds; the threshold for
+  each fold is the best one on the nine others (the folds divide pairs, not identities).
+  *TAR*, at FAR = 1 %: over all pairs, the genuine pairs that are accepted where one impostor pair
   in a hundred is.
-  *Rank-1*: one gallery image per identity, all others are probes; mean of ten galleries.
-- **Held out**: images of the training identities that were cut off to make the long tail and not
-  trained on. Each is compared with the mean feature of every training identity. Head identities
+  *Rank-1*, of identification: one gallery image per identity, all others are probes; mean of ten
+  galleries.
+- **Head**, **tail**: images of the training identities that were cut off to make the long tail and
+  not trained on. Each is compared with the mean feature of every training identity. Head identities
   keep at least half as many training images as the richest, tail identities fewer. The richest
   identity has no image left over, and the head has few.
 """
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training gave.
+
+    Attributes:
+        history: curves over the epochs.
+        figures: one for each of `METRICS`.
+        unseen_pairs, unseen_features: scores and features of the unseen faces.
+        indicators: domain frequency indicators of the training identities, if the loss has any.
+    """
+
+    history: dict[str, list[float]]
+    figures: Figures
+    unseen_pairs: Pairs
+    unseen_features: Tensor
+    indicators: Tensor | None
 
 
 def summarise(values: Sequence[float | None]) -> dict[str, float] | None:
@@ -54,28 +81,35 @@ def differences(
     return [None if a is None or b is None else b - a for a, b in pairs]
 
 
-def markdown_table(figures: Mapping[str, Sequence[Figures]]) -> str:
-    """One line a metric, one column a method, and the difference between the two methods.
+def markdown_tables(figures: Mapping[str, Sequence[Figures]]) -> str:
+    """A line a method and a column a metric; then the same for differences from the first method.
 
     Args:
-        figures: for each of the two methods the figures of every seed, in the same order.
+        figures: for each method the figures of every seed, in the same order.
     """
-    (first, second), names = figures.values(), list(figures)
-    header = ["metric (%)", *names, "difference"]
+    (baseline, first), *others = figures.items()
     rows = [
-        [
-            description,
-            *(_cell([own[metric] for own in seeds]) for seeds in (first, second)),
-            _cell(differences(first, second, metric), sign="+"),
-        ]
-        for metric, description in METRICS.items()
+        [method, *(_cell([own[metric] for own in seeds]) for metric in METRICS)]
+        for method, seeds in figures.items()
     ]
+    difference_rows = [
+        [method, *(_cell(differences(first, seeds, metric), sign="+") for metric in METRICS)]
+        for method, seeds in others
+    ]
+    return (
+        f"{_table(['%', *METRICS.values()], rows)}\n\n"
+        f"{_table([f'minus {baseline}', *METRICS.values()], difference_rows)}"
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(_table_line(row, widths) for row in [header, rule, *rows])
 
 
 def _cell(values: Sequence[float | None], sign: str = "") -> str:
+    """Mean and standard deviation in per cent; ``n/a`` where a value is missing."""
     summary = summarise(values)
     if summary is None:
         return "n/a"
@@ -89,35 +123,50 @@ def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return f"| {' | '.join(aligned)} |"
 
 
+def correlation(indicators: Tensor, counts: Tensor) -> float | None:
+    """Of the indicators and the numbers of training images; None where one of them is constant."""
+    value = torch.corrcoef(torch.stack([indicators.double(), counts.double()]))[0, 1]
+    return value.item() if value.isfinite() else None
+
+
 def write_json(
     path: Path,
     config: dict,
     faces: FaceImages,
     split: LongTailSplit,
-    figures: Mapping[str, Sequence[Figures]],
-    histories: Mapping[str, Sequence[dict[str, list[float]]]],
+    methods: Mapping[str, Method],
+    runs: Mapping[str, Sequence[Run]],
 ) -> None:
     """Everything that was measured, seed by seed, with the settings that led to it."""
-    methods = {
-        method: {
-            "per_seed": [
-                {"seed": seed, "figures": own, "history": history}
-                for seed, own, history in zip(
-                    config["seeds"], seeds, histories[method], strict=True
-                )
-            ],
-            "summary": {metric: summarise([own[metric] for own in seeds]) for metric in METRICS},
-        }
-        for method, seeds in figures.items()
-    }
-    first, second = figures.values()
+    figures = {title: [run.figures for run in own] for title, own in runs.items()}
+    baseline = next(iter(figures.values()))
     results = {
         "config": config,
         "data": _describe(faces, split),
-        "methods": methods,
-        "difference": {metric: summarise(differences(first, second, metric)) for metric in METRICS},
+        "methods": {
+            title: {
+                "settings": methods[title].settings,
+                "per_seed": [
+                    _describe_run(seed, run) for seed, run in zip(config["seeds"], own, strict=True)
+                ],
+                "summary": {
+                    metric: summarise([each[metric] for each in figures[title]])
+                    for metric in METRICS
+                },
+                "difference": {
+                    metric: summarise(differences(baseline, figures[title], metric))
+                    for metric in METRICS
+                },
+            }
+            for title, own in runs.items()
+        },
     }
     path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _describe_run(seed: int, run: Run) -> dict:
+    indicators = {} if run.indicators is None else {"indicators": run.indicators.tolist()}
+    return {"seed": seed, "figures": run.figures, "history": run.history, **indicators}
 
 
 def _describe(faces: FaceImages, split: LongTailSplit) -> dict:
@@ -135,30 +184,41 @@ def _describe(faces: FaceImages, split: LongTailSplit) -> dict:
 
 
 def write_page(
-    path: Path, config: dict, faces: FaceImages, split: LongTailSplit, table: str
+    path: Path,
+    config: dict,
+    faces: FaceImages,
+    split: LongTailSplit,
+    methods: Mapping[str, Method],
+    runs: Mapping[str, Sequence[Run]],
+    tables: str,
 ) -> None:
-    """The Markdown page that joins the table and the pictures beside it."""
+    """The Markdown page that joins the tables and the pictures beside it."""
     data = _describe(faces, split)
     skipped = f"\n{len(faces.skipped)} file(s) could not be read.\n" if faces.skipped else ""
     path.write_text(
         f"""\
-# Range Loss on long-tailed faces
+# Losses on long-tailed faces
 
 Images: {faces.source}.
 {skipped}
 A small CNN was trained on {len(split.train_labels)} images of {data["training_identities"]} \
-identities, once with softmax alone and once with softmax and Range Loss (Zhang et al. 2017,
-arXiv:1611.08976), with the same batches and the same number of steps, for each of
-{len(config["seeds"])} seed(s). A seed decides who is head and who is tail, which images are kept,
-the initial weights and the batches. {data["unseen_identities"]} identities were kept unseen.
+identities with each of {len(methods)} method(s), with the same batches, augmentation and number of
+steps, for each of {len(config["seeds"])} seed(s). A seed decides who is head and who is tail, which
+images are kept, the initial weights and the batches. {data["unseen_identities"]} identities were \
+kept unseen.
 
-{table}
+{tables}
 
 {EXPLANATION}
-Settings: {config["epochs"]} epochs of {config["steps_per_epoch"]} batches of \
-{config["classes_per_batch"]} x {config["samples_per_class"]} images; Range Loss with \
-alpha = {config["alpha"]:g}, beta = {config["beta"]:g}, margin = {config["margin"]:g}, \
-lambda = {config["range_weight"]:g}. All figures of every seed are in `results.json`.
+![Differences of every seed](differences.png)
+
+## Settings
+
+{config["epochs"]} epochs of {config["steps_per_epoch"]} batches of \
+{config["classes_per_batch"]} x {config["samples_per_class"]} images. All figures of every seed are
+in `results.json`.
+
+{_list_of_methods(methods)}
 
 ## The long tail
 
@@ -166,14 +226,15 @@ lambda = {config["range_weight"]:g}. All figures of every seed are in `results.j
 
 ## Training
 
-Mean over the seeds, and all between the lowest and the highest seed. The softmax runs do not
-train on the Range Loss; it is only measured there.
+Mean over the seeds. The values of different losses cannot be compared with each other; the spread
+can: it is the largest squared distance between the normalised features of two images of an
+identity, averaged over the identities of a batch.
 
-![Loss curves](training.png)
-
+![Curves of the training](training.png)
+{_indicator_section(config, split, runs)}
 ## Verification of unseen identities
 
-Mean over the seeds, and all between the lowest and the highest seed.
+Mean over the seeds.
 
 ![ROC curves](roc.png)
 
@@ -185,3 +246,33 @@ t-SNE of seed {config["seeds"][0]}; a colour is an identity.
 """,
         encoding="utf-8",
     )
+
+
+def _list_of_methods(methods: Mapping[str, Method]) -> str:
+    lines = []
+    for title, method in methods.items():
+        settings = ", ".join(f"{name} = {value}" for name, value in method.settings.items())
+        paper = f" ({method.paper})" if method.paper else ""
+        lines.append(f"- {title}{paper}" + (f": {settings}" if settings else ""))
+    return "\n".join(lines)
+
+
+def _indicator_section(
+    config: dict, split: LongTailSplit, runs: Mapping[str, Sequence[Run]]
+) -> str:
+    """On the domain frequency indicators of the training identities; empty without any."""
+    for title, own in runs.items():
+        if own[0].indicators is not None:
+            counts = split.train_counts
+            found = summarise([correlation(run.indicators, counts) for run in own])
+            relation = "n/a" if found is None else f"{found['mean']:+.2f} ± {found['std']:.2f}"
+            return f"""
+## Tail domains
+
+The domain frequency indicator of each training identity, after the training with {title} of
+seed {config["seeds"][0]}. It is large where few other identities' class weights are near, whatever
+the number of its images. Its correlation with that number, over the seeds: {relation}.
+
+![Domain frequency indicators](indicators.png)
+"""
+    return ""
