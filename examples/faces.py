@@ -162,7 +162,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--threads",
         type=int,
         default=1,
-        help="of the CPU; the network is too small to gain much from more (default: %(default)s)",
+        help="more are faster on an idle CPU, far slower on a busy one (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="how many (default: %(default)s)")
