@@ -90,23 +90,23 @@ class CosFaceRangeLoss(CosFaceLoss):
         return super().forward(features, labels) + range_term
 
 
-# Scales, margins and weights come from coarse trials of 80 steps, with four seeds from 100 on, on
-# the 25 training identities of the ORL faces alone, nine of which stood in for unseen ones; the highest
-# mean of the report's seven figures won. Neither the 15 unseen identities nor the seeds of the
-# report entered the choice. What was tried:
-# - CosFace: 13 settings, scale 8 to 128, margin 0.05 to 0.35. ArcFace: 10 settings, scale 8 to 64,
-#   margin 0.05 to 0.4. Larger margins, which are usual for large data, gave the better figures on
-#   held-out images of the tail there and the worse ones on unseen identities.
-# - Range Loss on softmax, whose features are not normalised: 18 settings, alpha 0 to 3e-3, beta 0 to
-#   1e-2, margin 300 to 4000. The paper's 1e-5, 1e-4 and 2e4 are for the features of large networks;
-#   softmax alone brings this one to class ranges of about 120 (squared distances) and to 190 to 270
-#   between the two nearest centroids. The margin lies a little above that: with 1000 the hinge pulls
-#   at every batch and only inflates the features.
-# - Range Loss on CosFace: 5 settings. Squared distances of normalised features are at most 4; alpha
-#   0.03 to 0.3, beta 0 to 3, margin 1 and 2.
-# - Domain Balancing: 7 settings, margin 0.05 to 0.2, rbm_weight 0.01 and 0.1; of k (5 and 10 of the
-#   24 other classes) and indicator_scale (1, 4, 16) the means differed by less than 0.1, so middle
-#   ones were taken. epsilon is the mean compactness: the paper's 5.5 is for k = 100.
+# Scales, margins and weights come from coarse trials of 80 steps, with four seeds from 100 on,
+# on the 25 training identities of the ORL faces alone, nine of which stood in for unseen ones;
+# the highest mean of the report's seven figures won. Neither the 15 unseen identities nor the
+# seeds of the report entered the choice. What was tried:
+# - CosFace: 13 settings, scale 8 to 128, margin 0.05 to 0.35. ArcFace: 10 settings, scale 8 to
+#   64, margin 0.05 to 0.4. Larger margins, which are usual for large data, gave the better
+#   figures on held-out images of the tail there and the worse ones on unseen identities.
+# - Range Loss on softmax, whose features are not normalised: 18 settings, alpha 0 to 3e-3, beta
+#   0 to 1e-2, margin 300 to 4000. The paper's 1e-5, 1e-4 and 2e4 are for the features of large
+#   networks; softmax alone brings this one to class ranges of about 120 (squared distances) and
+#   to 190 to 270 between the two nearest centroids. The margin lies a little above that: with
+#   1000 the hinge pulls at every batch and only inflates the features.
+# - Range Loss on CosFace: 5 settings. Squared distances of normalised features are at most 4;
+#   alpha 0.03 to 0.3, beta 0 to 3, margin 1 and 2.
+# - Domain Balancing: 7 settings, margin 0.05 to 0.2, rbm_weight 0.01 and 0.1; of k (5 and 10 of
+#   the 24 other classes) and indicator_scale (1, 4, 16) the means differed by less than 0.1, so
+#   middle ones were taken. epsilon is the mean compactness: the paper's 5.5 is for k = 100.
 # For other data or another network, choose anew.
 COSFACE = {"margin": 0.1, "scale": 64.0}
 

@@ -216,7 +216,8 @@ kept unseen.
 
 {config["epochs"]} epochs of {config["steps_per_epoch"]} batches of \
 {config["classes_per_batch"]} x {config["samples_per_class"]} images. All figures of every seed are
-in `results.json`.
+in `results.json`. For ORL the hyper-parameters come from a few coarse trials on other seeds and
+without the unseen identities, which `examples/face_demo/methods.py` lists.
 
 {_list_of_methods(methods)}
 
@@ -269,9 +270,10 @@ def _indicator_section(
             return f"""
 ## Tail domains
 
-The domain frequency indicator of each training identity, after the training with {title} of
-seed {config["seeds"][0]}. It is large where few other identities' class weights are near, whatever
-the number of its images. Its correlation with that number, over the seeds: {relation}.
+The domain frequency indicator of each training identity, after the training of seed \
+{config["seeds"][0]} with {title}: high
+where the nearest class weights of other identities are far, whatever the number of images. Its
+correlation with that number, mean ± standard deviation over the seeds: {relation}.
 
 ![Domain frequency indicators](indicators.png)
 """
