@@ -167,7 +167,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="how many (default: %(default)s)")
     parser.add_argument(
-        "--epochs", type=int, default=40, help="for each training (default: %(default)s)"
+        "--epochs", type=int, default=30, help="for each training (default: %(default)s)"
     )
     parser.add_argument(
         "--output",
