@@ -179,6 +179,69 @@ def test_a_mean_that_is_not_positive_turns_no_margin_round():
     assert (loss.indicators(torch.arange(3)) == 2).all()
 
 
+def test_a_changed_scale_makes_the_mean_anew():
+    loss, features, labels, _ = case(epsilon="auto")
+    loss(features, labels)
+    loss.indicator_scale = 1.0
+    domain = loss.dfi()
+    torch.testing.assert_close(loss.indicators(labels), domain.indicators[labels])
+
+
+@pytest.mark.parametrize("epsilon", [5.5, "auto"])
+def test_evaluation_comes_before_training(epsilon):
+    loss, features, labels, _ = case(epsilon=epsilon)
+    loss.eval()
+    assert loss(features, labels).isfinite() and loss.compactness.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_made_half(place, dtype):
+    loss, features, labels, gate = case(place.device, torch.float32, epsilon="auto")
+    with place.run():
+        expected = loss(features, labels, gate).detach()
+        loss.to(dtype)
+        value = loss(features.to(dtype), labels, gate.to(dtype))
+    assert loss.compactness.dtype == value.dtype == torch.float32
+    torch.testing.assert_close(value.detach(), expected, atol=0.1, rtol=0.02)
+
+
+def test_narrow_labels_are_enough():
+    loss, features, _, _ = case(epsilon="auto")
+    big = DomainBalancingLoss(300, DIMENSIONS, epsilon="auto", dtype=torch.float64)
+    narrow = torch.arange(BATCH, dtype=torch.int8)
+    assert torch.equal(big(features, narrow), big(features, narrow.long()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("epsilon", -1.0, ValueError, "epsilon: expected a positive number, got -1.0"),
+        ("epsilon", "Auto", TypeError, "epsilon: expected a number, got str"),
+        ("max_indicator", 0.0, ValueError, "max_indicator: expected a positive number, got 0.0"),
+        ("k", -1, ValueError, "k: expected at least 1, got -1"),
+        ("indicator_scale", 0.0, ValueError, "scale: expected a positive number, got 0.0"),
+    ],
+)
+def test_wrong_hyper_parameters(name, value, error, message):
+    loss, features, labels, _ = case()
+    setattr(loss, name, value)
+    for call in (lambda: loss(features, labels), loss.dfi):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("epsilon", [5.5, "auto"])
+def test_wrong_labels_are_named(epsilon):
+    loss, features, labels, _ = case(epsilon=epsilon)
+    for wrong, error, message in [
+        (labels.float(), TypeError, "labels: expected an integer dtype"),
+        (labels[:, None], ValueError, r"labels: expected shape \[11\]"),
+        (labels.to("meta"), ValueError, "labels: expected device cpu"),
+    ]:
+        with pytest.raises(error, match=message):
+            loss(features, wrong)
+
+
 def test_hyper_parameters_may_be_changed_between_steps():
     loss, features, labels, gate = case(epsilon=6.0)
     values = [loss(features, labels, gate).item()]
@@ -202,6 +265,11 @@ def test_state_dict():
     assert torch.equal(other.compactness, loss.compactness) and other.cursor == loss.cursor
     other.load_state_dict(facelt_ext.convert_state_dict({"W": loss.weight.detach().t()}))
     assert torch.equal(other.weight, loss.weight) and other.compactness.isnan().all()
+    # A checkpoint of other parts of a model leaves the head as it is.
+    model = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2), "head": loss})
+    backbone = {k: v for k, v in model.state_dict().items() if k.startswith("backbone")}
+    model.load_state_dict(backbone, strict=False)
+    assert not loss.compactness.isnan().all() and loss.cursor > 0
 
 
 def test_a_label_out_of_range(any_place):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import facelt_ext
 from facelt_ext import functional, reference
 
 pytestmark = pytest.mark.gpu
@@ -127,6 +128,35 @@ def test_margin_softmax_is_captured_into_a_graph(dtype, monkeypatch):
         expected = margin_loss_and_grads(x, weight, labels)
         for actual, wanted in zip(captured, expected, strict=True):
             torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("epsilon", [5.5, "auto"])
+def test_domain_balancing_is_captured_into_a_graph(epsilon, monkeypatch):
+    monkeypatch.setattr(functional._products, "CHUNK_BYTES", {"cuda": 1})
+    loss = facelt_ext.DomainBalancingLoss(300, 64, k=20, epsilon=epsilon, device="cuda")
+    x, labels = batch(256, 64, 300)
+    gate = torch.rand(256, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        loss(x, labels, gate)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss(x, labels, gate)
+    graph.replay()
+    loss.eval()  # the mean of epsilon="auto" stays as the replay has left it
+    torch.testing.assert_close(captured, loss(x, labels, gate))
+
+
+def test_a_margin_per_class_is_moved_once():
+    loss = facelt_ext.CosFaceLoss(300, 64, margin=torch.rand(300)).cuda()
+    x, labels = batch(256, 64, 300)
+    loss(x, labels)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss(x, labels)
+    graph.replay()
+    torch.testing.assert_close(captured, loss(x, labels))
 
 
 def test_margin_softmax_runs_on_the_current_stream():

@@ -93,6 +93,7 @@ __device__ auto kth_key(BlockCounts counts, const A* kept, std::int64_t count, s
 // Leaves the k largest in front, in their order but for those equal to the last; returns that one.
 template <class A>
 __device__ A keep_largest(BlockCounts counts, A* kept, std::int64_t count, std::int64_t k) {
+  __syncthreads();  // other threads may have written to `kept` just now
   const auto last = kth_key(counts, kept, count, k);
   std::int64_t left = 0;
   for (std::int64_t begin = 0; begin < count; begin += kThreads) {

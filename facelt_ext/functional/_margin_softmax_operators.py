@@ -116,8 +116,10 @@ def forward(features, weight, labels, cosine_margin, angular_margin, *rest):
         "margin_softmax_targets", head.features, head.inverse_feature_norms, head.weight,
         head.labels, cosine_margin.contiguous(), angular_margin.contiguous(), head.options, targets,
     )  # fmt: skip
-    kept = len(weight) if keep else min(head.size, len(weight))
-    products = _native.large_output(head.features, head.batch * kept, dtype)
+    if keep:
+        products = _native.large_output(head.features, head.batch * len(weight), dtype)
+    else:
+        products = head.empty(head.batch * min(head.size, len(weight)), dtype=dtype)
     normalizer = head.empty(2, head.batch)
     with autocast_off(features.device.type):
         for first, rows, scales in head.chunks:

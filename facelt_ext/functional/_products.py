@@ -44,9 +44,10 @@ def autocast_off(device: str) -> contextlib.AbstractContextManager:
 
 def chunk_size(batch: int, dimensions: int, dtype: torch.dtype, device: str) -> int:
     """Classes in a chunk; it depends on nothing that may change between forward and backward."""
+    kind = "cuda" if device == "cuda" else "cpu"
     size = min(
-        CHUNK_BYTES[device] // (max(batch, 1) * dtype.itemsize),
-        ROW_BYTES[device] // (dimensions * dtype.itemsize),
+        CHUNK_BYTES[kind] // (max(batch, 1) * dtype.itemsize),
+        ROW_BYTES[kind] // (dimensions * dtype.itemsize),
     )
     # Adding to a gradient by the features takes B * D a chunk: not more than its products.
     return -(-max(size, dimensions) // MULTIPLE) * MULTIPLE
@@ -111,6 +112,8 @@ class WeightChunks:
                 )
             return chunk, inverse_norms if self.normalize else self._no_scales
         rows = self._rows[: len(chunk)]
+        if self.normalize and self._known:
+            inverse_norms = torch.empty_like(inverse_norms)
         if self.normalize:
             _native.run(self.backend, chunk, "normalize_rows", chunk, inverse_norms, rows)
         else:

@@ -84,15 +84,8 @@ def domain_frequency_indicator(
     index = _checked(weight, index, scale)
     check_count(k, "k", minimum=0)
     compute = compute_dtype(weight.dtype)
+    epsilon = checked_epsilon(epsilon, weight)
     check_positive(max_indicator, "max_indicator", compute)
-    if isinstance(epsilon, Tensor):
-        if epsilon.ndim != 0 or epsilon.device != weight.device:
-            raise ValueError(
-                f"epsilon: expected a number, or shape [] on {weight.device}, got "
-                f"{list(epsilon.shape)} on {epsilon.device}"
-            )
-    else:
-        check_positive(epsilon, "epsilon", compute)
     if k == 0:
         return weight.new_ones(len(weight) if index is None else len(index), dtype=compute)
     return indicator(_compactness(weight, index, k, float(scale)), epsilon, max_indicator)
@@ -106,9 +99,10 @@ def _checked(weight: Tensor, index: Tensor | None, scale: float) -> Tensor | Non
     check_positive(scale, "scale", compute_dtype(weight.dtype))
     if index is None:
         return None
-    if not isinstance(index, Tensor) or index.ndim != 1:
-        kind = list(index.shape) if isinstance(index, Tensor) else type(index).__name__
-        raise ValueError(f"index: expected a tensor [classes to look at], got {kind}")
+    if not isinstance(index, Tensor):
+        raise TypeError(f"index: expected a tensor, got {type(index).__name__}")
+    if index.ndim != 1:
+        raise ValueError(f"index: expected shape [classes to look at], got {list(index.shape)}")
     index = checked_integers(index, "index", index, "index")
     if index.device != weight.device:
         raise ValueError(
@@ -117,6 +111,18 @@ def _checked(weight: Tensor, index: Tensor | None, scale: float) -> Tensor | Non
     if _backend.current() == "reference" or _backend.debugging():
         check_class_range(index, "index", len(weight), None)
     return index
+
+
+def checked_epsilon(epsilon: float | Tensor, weight: Tensor) -> float | Tensor:
+    if not isinstance(epsilon, Tensor):
+        check_positive(epsilon, "epsilon", compute_dtype(weight.dtype))
+        return epsilon
+    if epsilon.ndim != 0 or epsilon.device != weight.device:
+        raise ValueError(
+            f"epsilon: expected a number, or shape [] on {weight.device}, got "
+            f"{list(epsilon.shape)} on {epsilon.device}"
+        )
+    return epsilon.detach()
 
 
 def _compactness(weight: Tensor, index: Tensor | None, k: int, scale: float) -> Tensor:
@@ -145,10 +151,10 @@ def _operator(weight, index, k, scale, dtype, backend):
         check_class_range(index, "index", len(weight), None)
     compactness = _fake(weight, index, k, scale, dtype, backend)
     others = len(weight) - 1
-    if others == 0:
-        return compactness.fill_(-torch.inf)
-    k = min(k, others)
     classes = index.clamp(0, others)
+    if others == 0:
+        return torch.where(index == classes, compactness.fill_(-torch.inf), torch.nan)
+    k = min(k, others)
     dimensions, device = weight.shape[1], weight.device.type
     capacity = 0 if k == others else _native.call(backend, weight, "compactness_capacity", k)
     at_once = rows_at_once(capacity, len(index))

@@ -51,8 +51,8 @@ def margin_softmax_loss(
     derivatives; at |cos(theta)| = 1, where that of an angular margin grows without bound, it is
     taken as where sin(theta) = 1e-4. A row of zeros has cosine 0, with gradient 0.
 
-    No tensor of the size of the classes times the batch is made (but see `workspace`), and none of
-    the size of the weight beside its gradient.
+    No tensor of the size of the classes times the batch is made (but see `workspace`), and, for a
+    contiguous weight, none of its size beside its gradient.
 
     Args:
         features: [B, D], float64, float32, bfloat16 or float16.
@@ -68,10 +68,11 @@ def margin_softmax_loss(
         reduction: "mean" (over the samples that are not ignored; of none it is 0), "sum" or "none".
         ignore_index: samples with this label have loss 0 and gradient 0.
         workspace: "low" keeps no products for the backward and computes them again: four matrix
-            products. It takes N numbers (the rows' norms) and a chunk of classes: 2 MiB of products
-            on the CPU, 128 MiB on a GPU, and rows of half that or twice that where they are
-            converted. "high" keeps B * N products besides: three matrix products. "auto" is "high"
-            while the products take up to 256 MiB on the CPU, 512 MiB on a GPU.
+            products. "high" keeps B * N of them: three. "auto" is "high" while they take up to 256
+            MiB on the CPU, 512 MiB on a GPU. Both take, besides the gradients, a few times B * D
+            numbers, N numbers (the rows' norms), and what a chunk of classes needs: B products for
+            each of its classes, which are 2 MiB of products on the CPU and 128 MiB on a GPU, or D
+            classes if that is more; and rows of the weight, up to 4 or 64 MiB, if it is converted.
 
     Products are made in the features' dtype, or autocast's; everything between them in float32
     (float64 for float64). With half features and a float32 weight, the weight is converted chunk by

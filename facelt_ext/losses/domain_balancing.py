@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from facelt_ext import functional
-from facelt_ext._checks import check_count
+from facelt_ext._checks import check_count, check_positive, check_weight, checked_integers
+from facelt_ext.functional.compactness import checked_epsilon
 from facelt_ext.losses.margin_softmax import MarginSoftmaxLoss
 from facelt_ext.reference.compactness import indicator
 from facelt_ext.reference.margin_softmax import reduced
@@ -25,8 +26,8 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
 
     Eqs. 1 and 5 share one scale. With 64 and the paper's epsilon = 5.5 a trained head's indicators
     lie far below 1, and with them the margins: IC is about log k + scale * the neighbours' cosine,
-    some 24 at a cosine of 0.3. Two ways out: `indicator_scale` near 1, for which 5.5 is made (IC is
-    then about 5, as log 100 = 4.6), keeps the paper's constant, and indicators close to 1 for all
+    some 24 at a cosine of 0.3. Two ways out: `indicator_scale` near 1, which 5.5 fits (IC is then
+    about 5, as log 100 = 4.6), keeps the paper's constant, and indicators close to 1 for all
     classes; `epsilon="auto"` keeps the scale, with margins that differ more, of which the mean over
     the classes stays close to `margin`.
 
@@ -49,7 +50,8 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         compactness: [N], the IC last seen with epsilon="auto", NaN before that; saved with the
             weight.
 
-    All hyper-parameters may be changed between steps.
+    All hyper-parameters may be changed between steps; a changed k or scale makes IC be learned anew.
+    Under DistributedDataParallel the first process's `compactness` holds for all.
     """
 
     def __init__(
@@ -77,9 +79,16 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
             "compactness", self.weight.new_full((num_classes,), torch.nan, dtype=compute)
         )
         self.register_buffer("cursor", self.weight.new_zeros((), dtype=torch.int64))
+        self._seen_with: tuple[int, float] | None = None  # k and scale of `compactness`
 
     def forward(self, features: Tensor, labels: Tensor, gate: Tensor | None = None) -> Tensor:
-        """features [B, D], integer labels [B] and the gate [B] (or None) -> the loss."""
+        """features [B, D], integer labels [B] and the gate [B] (or None) -> the loss.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+        """
+        check_weight(self.weight, features)
+        labels = checked_integers(labels, "labels", features, "features")
         if gate is not None and gate.shape != labels.shape:
             raise ValueError(
                 f"gate: expected shape {list(labels.shape)}, one for each label, got "
@@ -98,17 +107,10 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         """DFI of each sample's class, [B]; in training also renews the mean of epsilon="auto"."""
         if self.k == 0:
             return torch.ones_like(labels, dtype=self.compactness.dtype)
-        classes = labels.clamp(0, len(self.weight) - 1)
-        if self.epsilon != "auto":
-            return indicator(self._compactness(classes), self.epsilon, self.max_indicator)
-        if not self.training:
-            return indicator(self._compactness(classes), self._mean(), self.max_indicator)
-        probes = (self.cursor + torch.arange(PROBES, device=classes.device)) % len(self.weight)
-        looked_at = torch.cat([classes, probes])
-        compactness = self._compactness(looked_at)
-        self.compactness[looked_at] = compactness
-        self.cursor += PROBES
-        return indicator(compactness[: len(classes)], self._mean(), self.max_indicator)
+        classes = labels.to(torch.int64).clamp(0, len(self.weight) - 1)
+        renewing = self.training and self.epsilon == "auto"
+        compactness = self._renewed(classes) if renewing else self._compactness(classes)
+        return indicator(compactness, self._epsilon(compactness), self._max_indicator())
 
     @torch.no_grad()
     def dfi(self) -> DomainFrequency:
@@ -119,26 +121,52 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         if self.k == 0:
             ones = torch.ones_like(self.compactness)
             return DomainFrequency(ones, torch.full_like(ones, torch.nan), self.cursor * 0)
-        compactness = self._compactness(None)
-        epsilon = self._mean(compactness) if self.epsilon == "auto" else self.epsilon
-        indicators = indicator(compactness, epsilon, self.max_indicator)
-        return DomainFrequency(
-            indicators, compactness, (compactness * self.max_indicator <= epsilon).sum()
-        )
+        compactness, largest = self._compactness(None), self._max_indicator()
+        auto = self.epsilon == "auto"
+        epsilon = positive(compactness.mean()) if auto else self._epsilon(compactness)
+        indicators = indicator(compactness, epsilon, largest)
+        return DomainFrequency(indicators, compactness, (compactness <= epsilon / largest).sum())
 
     def _compactness(self, classes: Tensor | None) -> Tensor:
         scale = self.scale if self.indicator_scale is None else self.indicator_scale
         return functional.inter_class_compactness(self.weight, classes, k=self.k, scale=scale)
 
-    def _mean(self, compactness: Tensor | None = None) -> Tensor:
-        """A mean that is not positive would turn margins round."""
-        known = self.compactness if compactness is None else compactness
-        return known.nanmean().clamp(min=torch.finfo(known.dtype).tiny)
+    def _renewed(self, classes: Tensor) -> Tensor:
+        """IC of the classes; it and that of the next probes are kept."""
+        seen_with = (self.k, self.scale if self.indicator_scale is None else self.indicator_scale)
+        if self._seen_with not in (None, seen_with):
+            self.compactness.fill_(torch.nan)
+        self._seen_with = seen_with
+        probes = (self.cursor + torch.arange(PROBES, device=classes.device)) % len(self.weight)
+        looked_at = torch.cat([classes, probes])
+        compactness = self._compactness(looked_at)
+        self.compactness[looked_at] = compactness
+        self.cursor += PROBES
+        return compactness[: len(classes)]
+
+    def _epsilon(self, compactness: Tensor) -> float | Tensor:
+        """The mean of what is known, or, while that is nothing, of the batch's own."""
+        if self.epsilon != "auto":
+            return checked_epsilon(self.epsilon, self.weight)
+        mean = self.compactness.nanmean()
+        return positive(torch.where(mean.isnan(), compactness.mean(), mean))
+
+    def _max_indicator(self) -> float:
+        check_positive(self.max_indicator, "max_indicator", self.compactness.dtype)
+        return self.max_indicator
+
+    def _apply(self, fn, recurse=True):
+        """IC stays in the compute dtype where the weight becomes half."""
+        super()._apply(fn, recurse)
+        self.compactness = self.compactness.to(compute_dtype(self.weight.dtype))
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """A head of another loss has a weight only; what else is kept starts anew then."""
-        state_dict.setdefault(prefix + "compactness", torch.full_like(self.compactness, torch.nan))
-        state_dict.setdefault(prefix + "cursor", torch.zeros_like(self.cursor))
+        """A head of another loss brings a weight only; what else is kept starts anew then."""
+        if prefix + "weight" in state_dict and prefix + "compactness" not in state_dict:
+            nothing = torch.full_like(self.compactness, torch.nan)
+            state_dict[prefix + "compactness"] = nothing
+            state_dict[prefix + "cursor"] = torch.zeros_like(self.cursor)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -146,6 +174,11 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
             f"{super().extra_repr()}, k={self.k}, epsilon={self.epsilon}, "
             f"rbm_weight={self.rbm_weight}"
         )
+
+
+def positive(mean: Tensor) -> Tensor:
+    """A mean that is not positive would turn margins round."""
+    return mean.clamp(min=torch.finfo(mean.dtype).tiny)
 
 
 class ResidualBalancingModule(nn.Module):
@@ -178,7 +211,11 @@ class ResidualBalancingModule(nn.Module):
         self.gate = nn.Linear(embedding_size, 1, **kind)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """features [B, D] (B >= 2 in training) -> the balanced features [B, D] and the gate [B]."""
+        """features [B, D] -> the balanced features [B, D] and the gate [B], in their dtype.
+
+        Raises:
+            ValueError: fewer than two rows in training, which the batch norm needs.
+        """
         if self.training and len(features) < 2:
             raise ValueError(
                 f"features: expected at least 2 rows in training, for the batch norm, got "

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from facelt_ext import functional
 from facelt_ext._checks import check_count
+from facelt_ext.reference.margin_softmax import unit_rows
+from facelt_ext.types import compute_dtype
 
 
 class MarginSoftmaxLoss(nn.Module):
@@ -56,12 +58,15 @@ class MarginSoftmaxLoss(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """scale * cosine of each feature [B, D] with each class, [B, N], without a margin."""
-        rows = nn.functional.normalize(self.weight.to(features.dtype))
-        return self.scale * nn.functional.normalize(features) @ rows.t()
+        return self.scale * _unit_rows(features) @ self._unit_weight(features.dtype).t()
+
+    def _unit_weight(self, dtype: torch.dtype) -> Tensor:
+        return _unit_rows(self.weight).to(dtype)
 
     def _margin(self) -> float | Tensor:
-        if isinstance(self.margin, Tensor):
-            return self.margin.to(self.weight.device)
+        """The margin where the weight is; moved there once."""
+        if isinstance(self.margin, Tensor) and self.margin.device != self.weight.device:
+            self.margin = self.margin.to(self.weight.device)
         return self.margin
 
     def _loss(self, features: Tensor, labels: Tensor, **margins: object) -> Tensor:
@@ -83,6 +88,10 @@ class MarginSoftmaxLoss(nn.Module):
             f"num_classes={classes}, embedding_size={dimensions}, margin={margin}, "
             f"scale={self.scale}"
         )
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    return unit_rows(x.to(compute_dtype(x.dtype)))[0].to(x.dtype)
 
 
 class CosFaceLoss(MarginSoftmaxLoss):
@@ -163,8 +172,7 @@ class SphereFaceLoss(MarginSoftmaxLoss):
 
     def logits(self, features: Tensor) -> Tensor:
         """scale * |feature| * cosine with each class, [B, N], without a margin."""
-        rows = nn.functional.normalize(self.weight.to(features.dtype))
-        return self.scale * features @ rows.t()
+        return self.scale * features @ self._unit_weight(features.dtype).t()
 
 
 def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
