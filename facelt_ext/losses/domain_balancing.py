@@ -50,8 +50,9 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         compactness: [N], the IC last seen with epsilon="auto", NaN before that; saved with the
             weight.
 
-    All hyper-parameters may be changed between steps; a changed k or scale makes IC be learned anew.
-    Under DistributedDataParallel the first process's `compactness` holds for all.
+    All hyper-parameters may be changed between steps; after a change of k or of a scale the mean of
+    epsilon="auto" starts anew. Under DistributedDataParallel the first process's `compactness` is
+    that of all.
     """
 
     def __init__(
