@@ -1,6 +1,6 @@
-// Memory for outputs of many megabytes. A fresh one costs more in page faults than in writing it, so
-// what a step frees is kept for the next step, which asks for the same sizes; another size frees all
-// that is kept.
+// Memory for outputs of many megabytes. A fresh one costs more in page faults than in writing it,
+// so what a step frees is kept for the next step, which asks for the same sizes; another size frees
+// all that is kept.
 #pragma once
 
 #include <sys/mman.h>
@@ -56,9 +56,8 @@ class LargeMemory {
    private:
     // Begins at a huge page: more is mapped than needed, and both ends are given back.
     static void* map(std::size_t size) {
-      char* const begin =
-          static_cast<char*>(mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE,
-                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+      char* const begin = static_cast<char*>(mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE,
+                                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
       if (begin == MAP_FAILED) throw std::bad_alloc();
       const std::size_t head = (kHugePage - reinterpret_cast<std::uintptr_t>(begin)) % kHugePage;
       if (head > 0) munmap(begin, head);
