@@ -1,13 +1,14 @@
 #pragma once
 
 #include <omp.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <exception>
 
 #include "../launchers.h"
 #include "../scalar.h"
-#include "huge_pages.h"
 
 namespace facelt::cpu {
 
@@ -37,6 +38,22 @@ inline void require_rows(std::int64_t rows, std::int64_t classes) {
     throw std::invalid_argument("max_classes: " + std::to_string(rows) + " is too small for " +
                                 std::to_string(classes) + " classes");
   }
+}
+
+// Page faults dominate the writing of a large fresh output; huge pages make them 512 times fewer.
+inline void advise_huge_pages(const TensorView& view) {
+#if defined(MADV_HUGEPAGE)
+  constexpr std::int64_t kWorthwhile = 4 << 20;
+  const std::int64_t bytes = view.numel() * size_of(view.dtype);
+  if (bytes < kWorthwhile) return;
+  const std::uintptr_t page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  const std::uintptr_t begin =
+      (reinterpret_cast<std::uintptr_t>(view.data) + page - 1) & ~(page - 1);
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(view.data) + bytes) & ~(page - 1);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)view;
+#endif
 }
 
 // An exception (memory running out) may not leave an OpenMP region; it is carried out by hand.

@@ -129,12 +129,16 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         return DomainFrequency(indicators, compactness, (compactness <= epsilon / largest).sum())
 
     def _compactness(self, classes: Tensor | None) -> Tensor:
-        scale = self.scale if self.indicator_scale is None else self.indicator_scale
-        return functional.inter_class_compactness(self.weight, classes, k=self.k, scale=scale)
+        return functional.inter_class_compactness(
+            self.weight, classes, k=self.k, scale=self._scale_of_compactness()
+        )
+
+    def _scale_of_compactness(self) -> float:
+        return self.scale if self.indicator_scale is None else self.indicator_scale
 
     def _renewed(self, classes: Tensor) -> Tensor:
         """IC of the classes; it and that of the next probes are kept."""
-        seen_with = (self.k, self.scale if self.indicator_scale is None else self.indicator_scale)
+        seen_with = (self.k, self._scale_of_compactness())
         if self._seen_with not in (None, seen_with):
             self.compactness.fill_(torch.nan)
         self._seen_with = seen_with
