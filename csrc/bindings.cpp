@@ -43,6 +43,11 @@ namespace {
     FACELT_BIND(m, backend, compactness_select);              \
     FACELT_BIND(m, backend, compactness_reduce);              \
     FACELT_BIND(m, backend, compactness_capacity);            \
+    FACELT_BIND(m, backend, super_class_mean_forward);        \
+    FACELT_BIND(m, backend, super_class_mean_backward);       \
+    FACELT_BIND(m, backend, dispersion_targets);              \
+    FACELT_BIND(m, backend, dispersion_feature_gradient);     \
+    FACELT_BIND(m, backend, dispersion_tail_gradient);        \
     FACELT_BIND(m, backend, group_labels_workspace);          \
     FACELT_BIND(m, backend, class_ranges_workspace);          \
     FACELT_BIND(m, backend, min_centroid_distance_workspace); \

@@ -190,6 +190,69 @@ class Backend(Protocol):
         compactness: Tensor,
         execution: int,
     ) -> None: ...
+    def super_class_mean_forward(
+        self,
+        weight: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        means: Tensor,
+        execution: int,
+    ) -> None: ...
+    def super_class_mean_backward(
+        self,
+        grad_means: Tensor,
+        super_class: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        grad_weight: Tensor,
+        execution: int,
+    ) -> None: ...
+    def dispersion_targets(
+        self,
+        features: Tensor,
+        head_weight: Tensor,
+        tail_weight: Tensor,
+        labels: Tensor,
+        super_class: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        ignore_index: int,
+        classes: Tensor,
+        targets: Tensor,
+        execution: int,
+    ) -> None: ...
+    def dispersion_feature_gradient(
+        self,
+        features: Tensor,
+        tail_weight: Tensor,
+        labels: Tensor,
+        classes: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        lse: Tensor,
+        coefficients: Tensor,
+        num_head: int,
+        raw_features: Tensor,
+        execution: int,
+    ) -> None: ...
+    def dispersion_tail_gradient(
+        self,
+        raw: Tensor,
+        gain: Tensor,
+        features: Tensor,
+        tail_weight: Tensor,
+        labels: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        sample_order: Tensor,
+        sample_offsets: Tensor,
+        lse: Tensor,
+        coefficients: Tensor,
+        num_head: int,
+        first: int,
+        grad_tail: Tensor,
+        execution: int,
+    ) -> None: ...
 
 class CudaBackend(Backend, Protocol):
     def require_driver(self) -> None: ...

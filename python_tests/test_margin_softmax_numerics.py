@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 import facelt_ext
 from facelt_ext import _C, _native, functional
+from facelt_ext.functional import _products
 
 AT_64 = {
     "cosface": {"scale": 64.0, "cosine_margin": 0.35},
@@ -330,7 +331,7 @@ def test_auto_keeps_what_the_budget_allows(place, monkeypatch):
     case = random_case(9, 6, 10, 5, **FLAVOURS["cosface"]).to(torch.float32, place.device)
     x = case.features.requires_grad_()
     for budget, kept in [(6 * 10 * 4, 60), (6 * 10 * 4 - 1, 0)]:
-        monkeypatch.setitem(functional.margin_softmax.KEPT_BYTES, place.device, budget)
+        monkeypatch.setitem(_products.KEPT_BYTES, place.device, budget)
         with place.run():
             loss = functional.margin_softmax_loss(
                 x, case.weight, case.labels, reduction="sum", **case.options

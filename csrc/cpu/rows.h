@@ -16,6 +16,7 @@ struct RowKernels {
   void (*squared_distances)(const A* const* a, const A* const* b, std::int64_t n, A* out);
   void (*add)(const A* x, A* sum, std::int64_t n);
   void (*scale)(const A* x, A factor, A* out, std::int64_t n);
+  void (*add_scaled)(const A* x, A factor, A* out, std::int64_t n);  // out += factor * x
   void (*divide)(A* x, A divisor, std::int64_t n);
   // out += factor * (x - y)
   void (*add_scaled_difference)(const A* x, const A* y, A factor, A* out, std::int64_t n);

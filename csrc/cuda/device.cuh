@@ -46,6 +46,17 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, st
       parameters);
 }
 
+// Reads, or writes, sizeof(V) bytes at once; the address must be aligned to them.
+template <class V, class T>
+__device__ __forceinline__ V load_vector(const T* address) {
+  return *reinterpret_cast<const V*>(address);
+}
+
+template <class V, class T>
+__device__ __forceinline__ void store_vector(T* address, const V& value) {
+  *reinterpret_cast<V*>(address) = value;
+}
+
 }  // namespace facelt
 
 #endif

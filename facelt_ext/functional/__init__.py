@@ -2,16 +2,21 @@
 
 from facelt_ext.functional.centroids import class_centroids, min_centroid_distance
 from facelt_ext.functional.compactness import domain_frequency_indicator, inter_class_compactness
+from facelt_ext.functional.dispersion import dispersion_softmax_loss
 from facelt_ext.functional.margin_softmax import margin_softmax_loss
 from facelt_ext.functional.range_loss import range_loss
 from facelt_ext.functional.ranges import class_ranges
+from facelt_ext.functional.super_classes import SuperClassIndex, super_class_mean
 
 __all__ = [
+    "SuperClassIndex",
     "class_centroids",
     "class_ranges",
+    "dispersion_softmax_loss",
     "domain_frequency_indicator",
     "inter_class_compactness",
     "margin_softmax_loss",
     "min_centroid_distance",
     "range_loss",
+    "super_class_mean",
 ]

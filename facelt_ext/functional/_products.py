@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from facelt_ext.types import compute_dtype
 # a GPU a chunk is large beside what launching its kernels costs.
 CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 27}
 ROW_BYTES = {"cpu": 4 << 20, "cuda": 1 << 26}
+# What `workspace="auto"` lets the products of a batch take, in bytes.
+KEPT_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}
 # Chunks begin where vector loads are aligned.
 MULTIPLE = 64
 HALF = (torch.bfloat16, torch.float16)
@@ -53,12 +56,62 @@ def chunk_size(batch: int, dimensions: int, dtype: torch.dtype, device: str) -> 
     return -(-max(size, dimensions) // MULTIPLE) * MULTIPLE
 
 
+def keeps_products(workspace: str, features: Tensor, classes: int, dtype: torch.dtype) -> bool:
+    """Whether the backward gets all products, or computes them again."""
+    if workspace != "auto":
+        return workspace == "high"
+    budget = KEPT_BYTES.get(features.device.type, 0)
+    return len(features) * classes * dtype.itemsize <= budget
+
+
 def normalized_rows(x: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
     """x / |x| in `dtype` and 1 / |x| in the compute dtype."""
     rows = torch.empty(x.shape, dtype=dtype, device=x.device)
     inverse_norms = x.new_empty(len(x), dtype=compute_dtype(dtype))
     _native.run(backend, x, "normalize_rows", x, inverse_norms, rows)
     return rows, inverse_norms
+
+
+def operand_of(
+    features: Tensor, normalize: bool, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What the weight's rows are multiplied with, [B, D], and 1 / |feature| [B]."""
+    if normalize:
+        return normalized_rows(features, dtype, backend)
+    inverse_norms = features.new_empty(len(features), dtype=compute_dtype(dtype))
+    nothing = features.new_empty(0)
+    _native.run(backend, features, "normalize_rows", features, inverse_norms, nothing)
+    return features.to(dtype), inverse_norms
+
+
+class Chunks(Protocol):
+    """The rows of classes, chunk after chunk, as products take them."""
+
+    size: int  # of the largest chunk
+
+    def __len__(self) -> int:
+        """All classes."""
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The first class, rows [C, D] in the products' dtype, and scales [C] or none."""
+
+
+class JoinedChunks:
+    """The chunks of one after those of the other, as if all classes were in one weight."""
+
+    def __init__(self, *parts: Chunks) -> None:
+        self.parts = parts
+        self.size = max(part.size for part in parts)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        offset = 0
+        for part in self.parts:
+            for first, rows, scales in part:
+                yield offset + first, rows, scales
+            offset += len(part)
 
 
 class WeightChunks:
@@ -89,8 +142,10 @@ class WeightChunks:
         converted = min(size, len(weight)) if weight.dtype != dtype else 0
         self._rows = weight.new_empty(converted, weight.shape[1], dtype=dtype)
 
+    def __len__(self) -> int:
+        return len(self.weight)
+
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The first class, rows [C, D] in the products' dtype, and scales [C] or none."""
         for first in range(0, len(self.weight), self.size):
             chunk = self.weight[first : first + self.size]
             yield first, *self._prepared(chunk, self.inverse_norms[first : first + self.size])

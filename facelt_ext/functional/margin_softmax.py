@@ -17,13 +17,15 @@ from facelt_ext._checks import (
     checked_margin,
 )
 from facelt_ext.functional._margin_softmax_operators import backward, forward
-from facelt_ext.functional._products import autocast_off, convertible, product_dtype
+from facelt_ext.functional._products import (
+    autocast_off,
+    convertible,
+    keeps_products,
+    product_dtype,
+)
 from facelt_ext.functional._second_order import gradients_through_reference
 from facelt_ext.reference.margin_softmax import reduced
 from facelt_ext.types import compute_dtype
-
-# What `workspace="auto"` lets the products of a batch take, in bytes.
-KEPT_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}
 
 
 def margin_softmax_loss(
@@ -118,7 +120,7 @@ def margin_softmax_loss(
         len(weight), ignore_index,
     )  # fmt: skip
     wants_gradient = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
-    keep = wants_gradient and _keeps_products(workspace, features, weight, dtype)
+    keep = wants_gradient and keeps_products(workspace, features, len(weight), dtype)
     losses = MarginSoftmaxFunction.apply(
         features, weight, labels, _margins_of(cosine_margin, labels, len(weight), compute),
         _margins_of(angular_margin, labels, len(weight), compute), options, keep, dtype, backend,
@@ -136,13 +138,6 @@ def _margins_of(margin: float | Tensor, labels: Tensor, classes: int, dtype: tor
         return torch.full(labels.shape, margin, dtype=dtype, device=labels.device)
     own = margin[:, 0] if margin.ndim == 2 else margin[labels.clamp(0, classes - 1)]
     return own.to(dtype)
-
-
-def _keeps_products(workspace: str, features: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    if workspace != "auto":
-        return workspace == "high"
-    budget = KEPT_BYTES.get(features.device.type, 0)
-    return features.shape[0] * weight.shape[0] * dtype.itemsize <= budget
 
 
 class MarginSoftmaxFunction(torch.autograd.Function):

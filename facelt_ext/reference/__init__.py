@@ -9,18 +9,22 @@ from facelt_ext.reference.compactness import (
     domain_frequency_indicator,
     inter_class_compactness,
 )
+from facelt_ext.reference.dispersion import dispersion_softmax_loss
 from facelt_ext.reference.groups import group_labels
 from facelt_ext.reference.margin_softmax import margin_softmax_loss
 from facelt_ext.reference.range_loss import range_loss
 from facelt_ext.reference.ranges import class_ranges
+from facelt_ext.reference.super_classes import super_class_mean
 
 __all__ = [
     "class_centroids",
     "class_ranges",
+    "dispersion_softmax_loss",
     "domain_frequency_indicator",
     "group_labels",
     "inter_class_compactness",
     "margin_softmax_loss",
     "min_centroid_distance",
     "range_loss",
+    "super_class_mean",
 ]
