@@ -1,8 +1,7 @@
 #include "../dispersion.h"
 
-#include <algorithm>
-
 #include "norms.h"
+#include "streaming.h"
 
 namespace facelt::cpu {
 
@@ -179,14 +178,15 @@ void dispersion_tail_gradient(const TensorView& raw, const TensorView& gain,
         index_pointer(sample_offsets, "sample_offsets", sample_offsets.numel());
     const A* shifts = input<A>(lse, "lse", tails.batch);
     const A* factors = input<A>(coefficients, "coefficients", tails.batch);
-    W* out = output<W>(grad_tail, "grad_tail", tails.rows * dimensions);
+    const TableWriter<W> table(output<W>(grad_tail, "grad_tail", tails.rows * dimensions),
+                               tails.rows, dimensions);
     FirstException failure;
 #pragma omp parallel num_threads(threads(execution))
     failure.run([&] {
       RowReader<P> raw_reader(dimensions);
       RowReader<W> reader(dimensions);
-      RowWriter<W> writer(dimensions);
-      std::vector<A> share(dimensions);
+      std::vector<A> share(dimensions), sum(dimensions);
+      std::vector<W> row(dimensions);
 #pragma omp for schedule(dynamic, 16) nowait
       for (std::int64_t c = 0; c < count; ++c) {
         const std::int64_t s = first + c;
@@ -194,21 +194,25 @@ void dispersion_tail_gradient(const TensorView& raw, const TensorView& gain,
         row_kernels<A>().scale(raw_reader.read(sums + c * dimensions), factor, share.data(),
                                dimensions);
         row_kernels<A>().divide(share.data(), static_cast<A>(members), dimensions);
+        narrow_row(share.data(), row.data(), dimensions);
         for (std::int64_t q = tails.offsets[s]; q < tails.offsets[s + 1]; ++q) {
           const std::int64_t tail = tails.order[q];
-          A* grad = writer.place(out + tail * dimensions);
-          std::copy_n(share.data(), dimensions, grad);
-          const A* member = starts[s] < starts[s + 1] ? reader.read(tails.row(tail)) : nullptr;
-          for (std::int64_t b = starts[s]; b < starts[s + 1]; ++b) {
-            const std::int64_t i = samples[b];
-            if (factors[i] == A(0)) continue;
-            const A residual = tails.residual(i, tail, member, shifts[i]);
-            row_kernels<A>().add_scaled(tails.feature(i), factor * factors[i] * residual, grad,
-                                        dimensions);
+          if (starts[s] < starts[s + 1]) {
+            sum = share;
+            const A* member = reader.read(tails.row(tail));
+            for (std::int64_t b = starts[s]; b < starts[s + 1]; ++b) {
+              const std::int64_t i = samples[b];
+              if (factors[i] == A(0)) continue;
+              const A residual = tails.residual(i, tail, member, shifts[i]);
+              row_kernels<A>().add_scaled(tails.feature(i), factor * factors[i] * residual,
+                                          sum.data(), dimensions);
+            }
+            narrow_row(sum.data(), row.data(), dimensions);
           }
-          writer.store(out + tail * dimensions);
+          table.write(tail, row.data());
         }
       }
+      table.finish();
     });
     failure.rethrow();
   });

@@ -1,6 +1,7 @@
 // A row of any floating type as the row kernels take it, and its norm.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -59,6 +60,15 @@ class RowWriter {
   std::int64_t n_;
   std::vector<A> buffer_;
 };
+
+template <class T>
+void narrow_row(const Compute<T>* x, T* out, std::int64_t n) {
+  if constexpr (std::is_same_v<T, Compute<T>>) {
+    std::copy_n(x, n, out);
+  } else {
+    conversion_kernels<T>().narrow(x, out, n);
+  }
+}
 
 // 1 / |x|; 0 for zeros, NaN for what is not finite. The squares of very large and very small
 // numbers leave the range of A: those rows are divided by their largest number first.

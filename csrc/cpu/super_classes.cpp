@@ -1,6 +1,5 @@
-#include <algorithm>
-
 #include "norms.h"
+#include "streaming.h"
 
 namespace facelt::cpu {
 
@@ -27,6 +26,7 @@ void write_means(const TensorView& weight, const TensorView& order, const Tensor
       A* mean = writer.place(out + s * dimensions);
       std::fill_n(mean, dimensions, A(0));
       for (std::int64_t p = starts[s]; p < starts[s + 1]; ++p) {
+        if (p + 1 < rows) prefetch_row(x + position[p + 1] * dimensions, dimensions);
         kernels.add(reader.read(x + position[p] * dimensions), mean, dimensions);
       }
       kernels.divide(mean, static_cast<A>(starts[s + 1] - starts[s]), dimensions);
@@ -59,6 +59,7 @@ void super_class_mean_backward(const TensorView& grad_means, const TensorView&,
     using A = Compute<T>;
     const T* grad = input<T>(grad_means, "grad_means", count * dimensions);
     T* out = output<T>(grad_weight, "grad_weight", rows * dimensions);
+    const TableWriter<T> table(out, rows, dimensions);
     advise_huge_pages(grad_weight);
     FirstException failure;
 #pragma omp parallel num_threads(threads(execution))
@@ -72,11 +73,12 @@ void super_class_mean_backward(const TensorView& grad_means, const TensorView&,
         std::copy_n(source, dimensions, share.data());
         row_kernels<A>().divide(share.data(), static_cast<A>(starts[s + 1] - starts[s]),
                                 dimensions);
-        for (std::int64_t d = 0; d < dimensions; ++d) row[d] = narrow<T>(share[d]);
+        narrow_row(share.data(), row.data(), dimensions);
         for (std::int64_t p = starts[s]; p < starts[s + 1]; ++p) {
-          std::copy_n(row.data(), dimensions, out + position[p] * dimensions);
+          table.write(position[p], row.data());
         }
       }
+      table.finish();
 #pragma omp for schedule(static) nowait
       for (std::int64_t p = 0; p < rows; ++p) {
         if (p >= starts[0] && p < starts[count]) continue;

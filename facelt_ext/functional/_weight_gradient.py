@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _native
+from facelt_ext.functional._products import HALF
 
 
 class WeightGradient:
@@ -29,6 +30,10 @@ class WeightGradient:
         inverse_norms: Tensor | None = None,
         grad: Tensor | None = None,
     ) -> None:
+        # Float types, unlike half ones, have room for the gain beforehand: one pass less.
+        self._scaled_before = inverse_norms is None and operand.dtype not in HALF
+        if self._scaled_before:
+            operand = operand * gain
         self.weight, self.operand, self.gain = weight, operand, gain
         self.backend, self.inverse_norms = backend, inverse_norms
         if grad is None:
@@ -44,7 +49,8 @@ class WeightGradient:
         raw = self._raw[: len(grad)] if len(self._raw) else grad
         torch.mm(gradient.t(), self.operand, out=raw)
         if self.inverse_norms is None:
-            torch.mul(raw, self.gain, out=grad)
+            if not self._scaled_before:
+                torch.mul(raw, self.gain, out=grad)
             return
         _native.run(
             self.backend, raw, "project_rows", raw, self.weight[chunk], self.inverse_norms[chunk],
