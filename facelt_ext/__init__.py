@@ -7,8 +7,10 @@ from facelt_ext import functional, reference
 from facelt_ext._backend import debug_checks, use_backend
 from facelt_ext._native import build_info
 from facelt_ext.losses import (
+    AggregatedSoftmaxLoss,
     ArcFaceLoss,
     CosFaceLoss,
+    DispersionLoss,
     DomainBalancingLoss,
     RangeLoss,
     ResidualBalancingModule,
@@ -19,8 +21,10 @@ from facelt_ext.losses import (
 __version__ = build_info()["version"]
 
 __all__ = [
+    "AggregatedSoftmaxLoss",
     "ArcFaceLoss",
     "CosFaceLoss",
+    "DispersionLoss",
     "DomainBalancingLoss",
     "RangeLoss",
     "ResidualBalancingModule",

@@ -1,5 +1,6 @@
 """The papers' losses as modules, called as `loss(features, labels)`."""
 
+from facelt_ext.losses.aggregate_disperse import AggregatedSoftmaxLoss, DispersionLoss
 from facelt_ext.losses.domain_balancing import DomainBalancingLoss, ResidualBalancingModule
 from facelt_ext.losses.margin_softmax import (
     ArcFaceLoss,
@@ -10,8 +11,10 @@ from facelt_ext.losses.margin_softmax import (
 from facelt_ext.losses.range_loss import RangeLoss
 
 __all__ = [
+    "AggregatedSoftmaxLoss",
     "ArcFaceLoss",
     "CosFaceLoss",
+    "DispersionLoss",
     "DomainBalancingLoss",
     "RangeLoss",
     "ResidualBalancingModule",
