@@ -27,7 +27,7 @@ FLOOR = "floor"
 
 @dataclass(frozen=True)
 class Shape:
-    """The paper's data has H = 32,032 heads and N = 53,132 tails in S = 7,200 super classes."""
+    """The paper's data has N_h = 32,032 heads and N_t = 53,132 tails in S = 7,200 super classes."""
 
     batch: int
     heads: int = 32_032
@@ -39,7 +39,7 @@ class Shape:
     @property
     def name(self) -> str:
         name = (
-            f"B={self.batch} H={self.heads:,} N={self.tails:,} S={self.super_classes:,} "
+            f"B={self.batch} N_h={self.heads:,} N_t={self.tails:,} S={self.super_classes:,} "
             f"D={self.dimensions}"
         )
         return name if self.backward else name + " forward only"
@@ -93,7 +93,7 @@ def forward(loss) -> tuple[Tensor, ...]:
 
 
 def floor(features: Tensor, shape: Shape) -> Run:
-    """The bare products with H + S rows that any form needs, into memory that is there before."""
+    """The bare products with N_h + S rows that any form needs, into memory that is there before."""
     features = features.detach()
     rows = torch.randn(shape.heads + shape.super_classes, shape.dimensions).to(features.device)
     products = features.new_zeros(len(features), len(rows))

@@ -89,7 +89,7 @@ def forward(
     backend,
 ):  # fmt: skip
     """lse [B], classes [B] and targets [3, B] as csrc/launchers.inc has them, means [S, D] of the
-    super classes, kept products [B * (H + S)] or none."""
+    super classes, kept products [B * (N_h + S)] or none."""
     tail = parts_of(weight, tail_weight, len(super_class))[1]
     means = segment_mean(tail, order, offsets, dtype, backend)
     classes = torch.empty_like(labels, memory_format=torch.contiguous_format)

@@ -37,25 +37,25 @@ def dispersion_softmax_loss(
     """Softmax cross-entropy in which only the sample's own super class is dispersed
     (Aggregate-and-Disperse, Ma et al. 2020, eqs. 6-8).
 
-    The classes are H heads and, after them, N tails, which belong to S super classes. With w the
-    classes' rows and Phi_s the mean row of super class s,
+    The classes are N_h heads and, after them, N_t tails, which belong to S super classes. With w
+    the classes' rows and Phi_s the mean row of super class s,
 
         loss = log(sum_h exp(w_h . f) + sum_s exp(Phi_s . f)) - w_y . f
 
     where, for a sample of a tail, the term of its own super class is replaced by those of its
     members, sum_{i in s} exp(w_i . f). Every other super class counts once: the 1 / n of eq. 6 for
-    each of its n members adds up to 1. The cost is that of H + S logits.
+    each of its n members adds up to 1. The cost is that of N_h + S logits.
 
     Args:
         features: [B, D], float64, float32, bfloat16 or float16.
-        head_weight: [H, D], in the features' dtype or float32; H may be 0.
-        tail_weight: [N, D], in the same dtype; N may be 0.
-        super_class: a `SuperClassIndex` of the N tails, or [N] integers in [0, S). The second is
-            checked and sorted at every call, for which a GPU is waited for.
-        labels: [B], integers in [0, H + N), heads first, or `ignore_index`.
+        head_weight: [N_h, D], in the features' dtype or float32; N_h may be 0.
+        tail_weight: [N_t, D], in the same dtype; N_t may be 0.
+        super_class: a `SuperClassIndex` of the N_t tails, or [N_t] integers in [0, S). The second
+            is checked and sorted at every call, for which a GPU is waited for.
+        labels: [B], integers in [0, N_h + N_t), heads first, or `ignore_index`.
         reduction: "mean" (over the samples that are not ignored; of none it is 0), "sum" or "none".
         ignore_index: samples with this label have loss 0 and gradient 0.
-        workspace: "low", "high" or "auto", as in `margin_softmax_loss`, for H + S classes.
+        workspace: "low", "high" or "auto", as in `margin_softmax_loss`, for N_h + S classes.
 
     Products are made in the features' dtype, or autocast's; everything between them in float32
     (float64 for float64), and so are the logits of the members of dispersed super classes.

@@ -74,17 +74,17 @@ def draw_rows(weight: Tensor) -> Tensor:
 
 
 class AggregatedSoftmaxLoss(SuperClassLoss):
-    """Step I of Aggregate-and-Disperse (Ma et al. 2020, eq. 5): softmax over H heads and S super
-    classes.
+    """Step I of Aggregate-and-Disperse (Ma et al. 2020, eq. 5): softmax over N_h heads and S
+    super classes.
 
-    The same as `torch.nn.Linear(D, H + S, bias=False)` with `torch.nn.functional.cross_entropy` on
-    `super_classes.coarse_labels(labels)`, in less memory.
+    The same as `torch.nn.Linear(D, N_h + S, bias=False)` with `torch.nn.functional.cross_entropy`
+    on `super_classes.coarse_labels(labels)`, in less memory.
 
     Args:
         num_classes, embedding_size, super_classes, options: see `SuperClassLoss`.
 
     Attributes:
-        weight: the parameter [H + S, D], drawn as torch.nn.Linear draws it.
+        weight: the parameter [N_h + S, D], drawn as torch.nn.Linear draws it.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class AggregatedSoftmaxLoss(SuperClassLoss):
         )
 
     def logits(self, features: Tensor) -> Tensor:
-        """Of each feature [B, D] with the heads and the super classes, [B, H + S]."""
+        """Of each feature [B, D] with the heads and the super classes, [B, N_h + S]."""
         return features @ self.weight.t().to(features.dtype)
 
 
