@@ -23,14 +23,16 @@ MULTIPLE = 64
 HALF = (torch.bfloat16, torch.float16)
 
 
-def product_dtype(features: torch.dtype, weight: torch.dtype, device: str) -> torch.dtype:
+def product_dtype(
+    features: torch.dtype, weight: torch.dtype, device: str, name: str = "weight"
+) -> torch.dtype:
     """What the products are in: autocast's type, or the features', to which float32 rows adapt."""
     if torch.is_autocast_enabled(device) and torch.float64 not in (features, weight):
         return torch.get_autocast_dtype(device)
     if weight == features or (features in HALF and weight == torch.float32):
         return features
     wanted = f"{features}" + (" or torch.float32" if features in HALF else "")
-    raise TypeError(f"weight: expected dtype {wanted}, as the features, got {weight}")
+    raise TypeError(f"{name}: expected dtype {wanted}, as the features, got {weight}")
 
 
 def convertible(x: Tensor, dtype: torch.dtype) -> Tensor:

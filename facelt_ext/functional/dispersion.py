@@ -107,7 +107,8 @@ def dispersion_loss(
     num_classes = len(head) + num_tail
     if num_classes == 0:
         raise ValueError("head_weight, tail_weight: expected a row in one of them, got none")
-    dtype = product_dtype(features.dtype, weight.dtype, features.device.type)
+    name = "weight" if tail_weight is None else "head_weight"
+    dtype = product_dtype(features.dtype, weight.dtype, features.device.type, name)
     features, weight = convertible(features, dtype), convertible(weight, dtype)
     if tail_weight is not None:
         tail_weight = convertible(tail_weight, dtype)
