@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from facelt_ext._checks import INTEGER, check_class_range, check_count, check_integer
+from facelt_ext._super_classes_report import draw_sizes, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _FORMAT = "facelt_ext.SuperClasses"
 _VERSION = 1
@@ -60,11 +65,11 @@ class SuperClasses:
         counts, groups = self.counts, self.groups
         if counts is not None:
             counts = _integers(counts, "counts", len(head) + len(tail), "class")
-            _check_not_negative(counts, "counts")
+            _check_least(counts, "counts", 1)
         if groups is None:
             groups = torch.zeros(num_super_classes, dtype=torch.int64)
         groups = _integers(groups, "groups", num_super_classes, "super class")
-        _check_not_negative(groups, "groups")
+        _check_least(groups, "groups", 0)
         checked = {"head": head, "tail": tail, "super_class": super_class}
         for name, value in {**checked, "counts": counts, "groups": groups}.items():
             object.__setattr__(self, name, value)
@@ -129,6 +134,32 @@ class SuperClasses:
             )
         return self.tail[self.super_class == super_class]
 
+    def summary(self) -> str:
+        """A text table in the shape of the paper's Table 1, a row per group and one for all.
+
+        Columns: classes, their percentage of all classes, super classes; where `counts` is known
+        also images, their percentage, images per class and per super class as "mean [least, most]".
+        Groups without classes are left out.
+        """
+        return table(self)
+
+    def plot_sizes(self, ax: Axes | None = None) -> Axes:
+        """A histogram of images per class before (fine) and after aggregation (coarse).
+
+        Bars are for 1 image, 2 to 3, 4 to 7, and so on: a logarithmic axis.
+
+        Args:
+            ax: matplotlib axes to draw into. Default: those of a new figure, 6.4 x 4 inches.
+
+        Returns:
+            The axes; `plot_sizes().figure.savefig(path)` writes a picture.
+
+        Raises:
+            ImportError: there is no matplotlib.
+            ValueError: `counts` is None.
+        """
+        return draw_sizes(self, ax)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all of it to a file that `load` reads."""
         content = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -175,7 +206,7 @@ class SuperClasses:
         )
 
     def _mapped(self, labels: Tensor, tail_labels: Tensor, ignore_index: int | None) -> Tensor:
-        _check_integers(labels, "labels")
+        check_integers(labels, "labels")
         labels = labels.to(torch.int64)
         ignored = torch.zeros_like(labels, dtype=torch.bool)
         if ignore_index is not None:
@@ -194,7 +225,7 @@ class SuperClasses:
         return torch.where(ignored, labels, mapped)
 
 
-def _check_integers(value: Tensor, name: str) -> None:
+def check_integers(value: Tensor, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in INTEGER:
@@ -205,7 +236,7 @@ def _integers(
     value: Tensor, name: str, length: int | None = None, one_per: str | None = None
 ) -> Tensor:
     """A copy of `value` on the CPU, int64 [length]."""
-    _check_integers(value, name)
+    check_integers(value, name)
     if value.ndim != 1:
         raise ValueError(f"{name}: expected one dimension, got shape {list(value.shape)}")
     if length is not None and len(value) != length:
@@ -215,11 +246,11 @@ def _integers(
     return value.detach().to("cpu", torch.int64, copy=True)
 
 
-def _check_not_negative(value: Tensor, name: str) -> None:
-    if (value < 0).any():
-        position = int((value < 0).nonzero()[0])
+def _check_least(value: Tensor, name: str, minimum: int) -> None:
+    if (value < minimum).any():
+        position = int((value < minimum).nonzero()[0])
         raise ValueError(
-            f"{name}: expected numbers of at least 0, got {int(value[position])} "
+            f"{name}: expected numbers of at least {minimum}, got {int(value[position])} "
             f"at position {position}"
         )
 
@@ -248,7 +279,7 @@ def _check_partition(head: Tensor, tail: Tensor) -> None:
 
 def _checked_super_classes(super_class: Tensor) -> int:
     """How many there are, none of them empty."""
-    _check_not_negative(super_class, "super_class")
+    _check_least(super_class, "super_class", 0)
     if len(super_class) == 0:
         return 0
     largest = int(super_class.max())

@@ -1,8 +1,304 @@
 """Aggregation: tail classes that look alike are put together into super classes.
 
-Step I of Aggregate-and-Disperse (Ma et al., Pattern Recognition 2020, section 3.3.1).
+Step I of Aggregate-and-Disperse (Ma et al., Pattern Recognition 2020, section 3.3.1): the mean
+feature of each class, the split into head and tail, k-means within each tail group.
+
+    means, counts = class_means(model, loader, num_classes)
+    super_classes = aggregate(means, counts)
+    labels = super_classes.coarse_labels(labels)
 """
 
-from facelt_ext._super_classes import SuperClasses
+from __future__ import annotations
 
-__all__ = ["SuperClasses"]
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from facelt_ext._checks import (
+    check_class_range,
+    check_count,
+    check_matrix,
+    checked_integers,
+)
+from facelt_ext._super_classes import SuperClasses, check_integers
+from facelt_ext.clustering import kmeans
+
+__all__ = [
+    "ClassGroups",
+    "ClassMeans",
+    "SuperClasses",
+    "aggregate",
+    "class_means",
+    "split_classes",
+]
+
+
+class ClassMeans(NamedTuple):
+    """means float32 [num_classes, D] and counts int64 [num_classes], the samples of each class.
+
+    A class without samples has the mean 0.
+    """
+
+    means: Tensor
+    counts: Tensor
+
+
+class ClassGroups(NamedTuple):
+    """Class labels, int64, ascending: those of the head, and those of each tail group."""
+
+    head: Tensor
+    tails: tuple[Tensor, ...]
+
+
+def class_means(
+    model: Callable[[Tensor], Tensor],
+    loader: Iterable[Sequence[Tensor]],
+    num_classes: int,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> ClassMeans:
+    """The mean feature of each class (eq. 4), in one pass over the data.
+
+    Features are added up in float64 on the CPU, in the order of the loader: two passes over the
+    same features give the same bits. Each batch waits for the device.
+
+    Args:
+        model: inputs -> features [B, D], finite. A module is set to eval during the pass; each of
+            its submodules has its own mode again afterwards, also after an error.
+        loader: yields tuples or lists that begin with inputs (a tensor) and labels (integers [B]
+            in [0, num_classes)). No gradients are recorded.
+        num_classes: how many rows the result has.
+        device: where inputs are moved to; the model is not moved. Default: where the first
+            parameter or buffer of the model is, else the CPU.
+        progress: whether to show a progress bar, which needs tqdm.
+
+    Returns:
+        ClassMeans on the CPU.
+
+    Raises:
+        ImportError: `progress` without tqdm.
+        TypeError, ValueError: a batch, its features or its labels are not as above, with the
+            number of the batch; the loader yields nothing.
+    """
+    check_count(num_classes, "num_classes")
+    device = _device_of(model) if device is None else torch.device(device)
+    counts = torch.zeros(num_classes, dtype=torch.int64)
+    sums = None
+    # No inference mode: a model that keeps tensors from its forward could not be trained later.
+    with _evaluating(model), torch.no_grad():
+        for number, batch in enumerate(_with_bar(loader) if progress else loader):
+            features, labels = _features(model, batch, device, number)
+            check_class_range(labels, f"labels of batch {number}", num_classes, None)
+            if sums is None:
+                sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
+            if features.shape[1] != sums.shape[1]:
+                raise ValueError(
+                    f"features of batch {number}: expected {sums.shape[1]} dimensions, as in "
+                    f"batch 0, got {features.shape[1]}"
+                )
+            sums.index_add_(0, labels, features.double())
+            counts += labels.bincount(minlength=num_classes)
+    if sums is None:
+        raise ValueError("loader: expected at least one batch, got none")
+    return ClassMeans((sums / counts.clamp(min=1)[:, None]).float(), counts)
+
+
+def split_classes(counts: Tensor, minimums: Sequence[int] = (10, 4, 1)) -> ClassGroups:
+    """Splits classes into the head and tail groups by their numbers of images.
+
+    The default is the paper's split (Table 1): its groups A and B, 10 to 217 images, are the head,
+    C (4 to 9) and D (1 to 3) the tail groups.
+
+    Args:
+        counts: images of each class, integers [num_classes].
+        minimums: images that a class of the head has at least, and a class of each tail group;
+            descending, at least 1.
+
+    Raises:
+        TypeError: `counts` or `minimums` are not integers.
+        ValueError: `minimums` are not as above; a class has fewer images than the last of them.
+    """
+    _check_minimums(minimums)
+    counts = _checked_counts(counts)
+    if (counts < minimums[-1]).any():
+        short = (counts < minimums[-1]).nonzero().flatten()
+        raise ValueError(
+            f"counts: expected at least {minimums[-1]} images of each class, the last of minimums, "
+            f"got fewer for {len(short)} classes, the first of them class {int(short[0])} with "
+            f"{int(counts[short[0]])}"
+        )
+    tails = [
+        ((counts >= least) & (counts < below)).nonzero().flatten()
+        for below, least in pairwise(minimums)
+    ]
+    return ClassGroups((counts >= minimums[0]).nonzero().flatten(), tuple(tails))
+
+
+def aggregate(
+    means: Tensor,
+    counts: Tensor,
+    *,
+    minimums: Sequence[int] = (10, 4, 1),
+    num_super_classes: Sequence[int] | None = None,
+    spherical: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> SuperClasses:
+    """Puts tail classes together by k-means on their mean features, each tail group by itself.
+
+    By default a super class holds about as many images as a head class does on average, which is
+    the paper's aim (section 4.1): a tail group gets its images / (images of the head / N_h) super
+    classes, rounded, at least one and at most one for each class. For the groups of the paper's
+    Table 1 (28 images per head class; C with 163.5K images, D with 49.9K) that gives 5,801 super
+    classes for C and 1,770 for D. The paper took 1,800 for C and 5,400 for D, by its text, which
+    is 91 and 9 images per super class; the other way round it would be 30 and 28.
+
+    Args:
+        means: a row per class [num_classes, D], on the device that is to find the clusters; the
+            rows of head classes are not used.
+        counts: images of each class, integers [num_classes].
+        minimums: see `split_classes`.
+        num_super_classes: how many for each tail group, in [1, classes of the group]; 0 for an
+            empty one.
+        spherical, seed, progress: see `facelt_ext.clustering.kmeans`.
+
+    Returns:
+        SuperClasses with `head` and `tail` in ascending order of the class labels, and super
+        classes numbered group after group.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; no class is in the head and
+            `num_super_classes` is None.
+    """
+    check_matrix(means, "means")
+    counts = _checked_counts(counts, means)
+    head, tails = split_classes(counts, minimums)
+    if num_super_classes is None:
+        num_super_classes = _default_numbers(counts, head, tails)
+    else:
+        _check_numbers(num_super_classes, tails)
+    super_class = torch.empty_like(counts)
+    first = 0
+    for labels, number in zip(tails, num_super_classes, strict=True):
+        if number:
+            rows = means[labels.to(means.device)]
+            found = kmeans(rows, number, spherical=spherical, seed=seed, progress=progress)
+            super_class[labels] = first + found.assignments.cpu()
+        first += number
+    tail = torch.cat([torch.empty(0, dtype=torch.int64), *tails]).sort().values
+    groups = torch.arange(len(tails)).repeat_interleave(
+        torch.tensor(num_super_classes, dtype=torch.int64)
+    )
+    return SuperClasses(head, tail, super_class[tail], counts, groups)
+
+
+@contextmanager
+def _evaluating(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    try:
+        if modules:
+            model.eval()
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _device_of(model: Callable[[Tensor], Tensor]) -> torch.device:
+    tensors = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _with_bar(loader: Iterable[Sequence[Tensor]]) -> Iterable[Sequence[Tensor]]:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "progress: the bar needs tqdm; pip install 'facelt_ext[aggregation]', or progress=False"
+        ) from error
+    return tqdm(loader, desc="class means", unit="batch")
+
+
+def _features(
+    model: Callable[[Tensor], Tensor], batch: Sequence[Tensor], device: torch.device, number: int
+) -> tuple[Tensor, Tensor]:
+    """Features [B, D] and labels int64 [B] of a batch, checked, on the CPU."""
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        length = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise TypeError(
+            f"batch {number}: expected a tuple or list that begins with inputs and labels, "
+            f"got {type(batch).__name__}{length}"
+        )
+    inputs, labels = batch[:2]
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs of batch {number}: expected a tensor, got {type(inputs).__name__}")
+    features = model(inputs.to(device, non_blocking=True))
+    name = f"features of batch {number}"
+    check_matrix(features, name)
+    features = features.cpu()
+    labels = labels.cpu() if isinstance(labels, Tensor) else labels
+    labels = checked_integers(labels, f"labels of batch {number}", features, name)
+    finite = features.isfinite().all(dim=1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise ValueError(f"{name}: expected finite numbers, got others in row {row}")
+    return features, labels
+
+
+def _checked_counts(counts: Tensor, means: Tensor | None = None) -> Tensor:
+    """`counts` as int64 on the CPU, one for each row of `means`."""
+    check_integers(counts, "counts")
+    if counts.ndim != 1 or (means is not None and len(counts) != len(means)):
+        wanted = "[num_classes]" if means is None else f"[{len(means)}], one for each row of means"
+        raise ValueError(f"counts: expected shape {wanted}, got {list(counts.shape)}")
+    return counts.to("cpu", torch.int64)
+
+
+def _check_minimums(minimums: Sequence[int]) -> None:
+    if not isinstance(minimums, tuple | list) or not minimums:
+        raise TypeError(f"minimums: expected a tuple or list of ints, got {minimums!r}")
+    for minimum in minimums:
+        check_count(minimum, "minimums")
+    if any(below <= least for below, least in pairwise(minimums)):
+        raise ValueError(f"minimums: expected descending numbers, got {tuple(minimums)}")
+
+
+def _default_numbers(counts: Tensor, head: Tensor, tails: Sequence[Tensor]) -> list[int]:
+    head_images = int(counts[head].sum())
+    if any(map(len, tails)) and head_images == 0:
+        raise ValueError(
+            "num_super_classes: expected a number for each tail group, as the default follows the "
+            "head and no class is in it"
+        )
+    return [
+        max(1, min(len(labels), round(int(counts[labels].sum()) * len(head) / head_images)))
+        if len(labels)
+        else 0
+        for labels in tails
+    ]
+
+
+def _check_numbers(numbers: Sequence[int], tails: Sequence[Tensor]) -> None:
+    if not isinstance(numbers, tuple | list):
+        raise TypeError(
+            f"num_super_classes: expected a tuple or list of ints, got {type(numbers).__name__}"
+        )
+    if len(numbers) != len(tails):
+        raise ValueError(
+            f"num_super_classes: expected {len(tails)} numbers, one for each tail group, "
+            f"got {len(numbers)}"
+        )
+    for group, (number, labels) in enumerate(zip(numbers, tails, strict=True)):
+        name = f"num_super_classes[{group}]"
+        check_count(number, name, minimum=min(1, len(labels)))
+        if number > len(labels):
+            raise ValueError(
+                f"{name}: expected at most {len(labels)}, the classes of the tail group, "
+                f"got {number}"
+            )
