@@ -206,12 +206,17 @@ def assert_losses_and_grads(
         ("features' gradient", actual[1], expected[1], by_x, 1),
         ("weight's gradient", actual[2], expected[2], by_w, 10 if dtype == torch.float32 else 1),
     ]:
-        atol, rtol = (times * tolerance for tolerance in TOLERANCE[dtype])
-        off = (a.double() - e.double()).abs()
-        allowed = atol * terms.clamp(min=1.0) + rtol * e.double().abs()
-        assert (off <= allowed).all(), (
-            f"{name}: off by {(off / allowed).max():.3g} times the allowed"
-        )
+        assert_within(name, a, e, terms, dtype, times)
+
+
+def assert_within(
+    name: str, actual: Tensor, expected: Tensor, terms: Tensor, dtype: torch.dtype, times: int
+) -> None:
+    """To `times` the tolerance of `dtype`, for what is added up from terms of the given size."""
+    atol, rtol = (times * tolerance for tolerance in TOLERANCE[dtype])
+    off = (actual.double() - expected.double()).abs()
+    allowed = atol * terms.clamp(min=1.0) + rtol * expected.double().abs()
+    assert (off <= allowed).all(), f"{name}: off by {(off / allowed).max():.3g} times the allowed"
 
 
 def sizes(case: Case) -> tuple[Tensor, Tensor]:
