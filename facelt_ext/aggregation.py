@@ -153,7 +153,7 @@ def aggregate(
 
     By default a super class holds about as many images as a head class does on average, which is
     the paper's aim (section 4.1): a tail group gets its images / (images of the head / N_h) super
-    classes, rounded, at least one and at most one for each class. For the groups of the paper's
+    classes, rounded, at least one. For the groups of the paper's
     Table 1 (28 images per head class; C with 163.5K images, D with 49.9K) that gives 5,801 super
     classes for C and 1,770 for D. The paper took 1,800 for C and 5,400 for D, by its text, which
     is 91 and 9 images per super class; the other way round it would be 30 and 28.
@@ -277,9 +277,7 @@ def _default_numbers(counts: Tensor, head: Tensor, tails: Sequence[Tensor]) -> l
             "head and no class is in it"
         )
     return [
-        max(1, min(len(labels), round(int(counts[labels].sum()) * len(head) / head_images)))
-        if len(labels)
-        else 0
+        max(1, round(int(counts[labels].sum()) * len(head) / head_images)) if len(labels) else 0
         for labels in tails
     ]
 

@@ -171,9 +171,9 @@ def saved(path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: path.write_text("head, tail\n"), "expected a file of super classes"),
-        (lambda path: path.write_bytes(b""), "expected a file of super classes"),
-        (lambda path: torch.save(torch.nn.ReLU(), path), "expected a file of super classes"),
+        (lambda path: path.write_text("head, tail\n"), "expected a file of super classes, got /"),
+        (lambda path: path.write_bytes(b""), "expected a file of super classes, got /"),
+        (lambda path: torch.save(torch.nn.ReLU(), path), "expected a file of super classes, got /"),
         (lambda path: torch.save(tensor(1), path), "got something else in"),
         (lambda path: torch.save({"weight": tensor(1)}, path), "got something else in"),
         (lambda path: saved(path, version=2), "expected version 1, got 2 in"),
