@@ -205,3 +205,31 @@ def test_margin_softmax_on_another_device_than_the_current_one():
     assert all(a.device == there[0].device for a in actual)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.cpu(), e.cpu())
+
+
+def dispersion(features, head, tail, index, labels):
+    loss = functional.dispersion_softmax_loss(features, head, tail, index, labels)
+    return loss, *torch.autograd.grad(1.7 * loss, (features, head, tail))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dispersion_softmax_is_captured_into_a_graph(dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(n, 64, generator=generator).to("cuda", dtype) for n in (96, 50, 300)]
+    features, head, tail = (r.requires_grad_() for r in rows)
+    index = functional.SuperClassIndex(torch.arange(300) % 40).cuda()
+    labels = torch.randint(350, (96,), generator=generator).cuda()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        dispersion(features, head, tail, index, labels)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = dispersion(features, head, tail, index, labels)
+    for _ in range(2):
+        with torch.no_grad():
+            features.copy_(torch.randn(features.shape, generator=generator))
+            labels.copy_(torch.randint(350, (96,), generator=generator))
+        graph.replay()
+        expected = dispersion(features, head, tail, index, labels)
+        assert all(map(torch.equal, results, expected))

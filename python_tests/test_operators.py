@@ -53,8 +53,32 @@ def samples(place, dtype: torch.dtype):
     for keep, weight_dtype in [(True, dtype), (False, torch.promote_types(dtype, torch.float32))]:
         yield from margin_softmax_samples(x, weight_dtype, keep, backend)
 
+    yield from super_class_samples(x, labels % 12, backend)
+
     for k in (2, 11):  # some of the others, and all
         yield OPS.inter_class_compactness, (x, labels % 12, k, 3.0, dtype, backend)
+
+
+def super_class_samples(x: torch.Tensor, labels: torch.Tensor, backend: str):
+    """x holds the rows of tails, in super classes 0 to 3; labels are those of five samples."""
+    index = torch.tensor([0, 3, 1, 0, 2, 2, 3, 1, 0, 0, 0, 1], device=x.device)
+    yield OPS.super_class_members, (index, 4, True)
+    members = OPS.super_class_members(index, 4, True)
+    yield OPS.super_class_mean_forward, (x, *members, x.dtype, backend)
+    means = OPS.super_class_mean_forward(x, *members, x.dtype, backend)
+    yield OPS.super_class_mean_backward, (means, index, *members, backend)
+    yield OPS.mapped_labels, (labels, index, -100, True)
+
+    features, head = x[:5] / 3, x[5:8] / 2
+    labels = torch.tensor([2, 14, 0, -100, 3], device=x.device)
+    upstream = torch.full((5,), 0.7, dtype=compute_dtype(x.dtype), device=x.device)
+    for rows, keep in [((head, x), True), ((torch.cat([head, x]), None), False)]:
+        args = (features, *rows, labels, index, *members, -100, keep, x.dtype, backend)
+        yield OPS.dispersion_softmax_forward, args
+        state = OPS.dispersion_softmax_forward(*args)
+        for wanted in [(True, True, True), (True, False, False), (False, True, False)]:
+            args = (upstream, features, *rows, labels, index, *members, *state, *wanted)
+            yield OPS.dispersion_softmax_backward, (*args, x.dtype, backend)
 
 
 def margin_softmax_samples(x: torch.Tensor, weight_dtype: torch.dtype, keep: bool, backend: str):

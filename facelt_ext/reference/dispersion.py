@@ -42,5 +42,8 @@ def dispersion_softmax_loss(
     )
     logits = torch.cat([by_head, by_tail], dim=1)
     target = logits.gather(1, classes[:, None])[:, 0]
-    losses = torch.where(taking_part, torch.logsumexp(terms, dim=1) - target, 0)
+    lse = torch.logsumexp(terms, dim=1)
+    # An infinite feature makes logits of both signs: NaN, whatever its target's is.
+    lse = lse + (lse - lse).detach()
+    losses = torch.where(taking_part, lse - target, 0)
     return reduced(losses, taking_part, reduction)
