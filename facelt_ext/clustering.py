@@ -12,6 +12,7 @@ from torch import Tensor
 
 from facelt_ext import _backend, reference
 from facelt_ext._checks import check_count, check_integer, check_matrix, check_number
+from facelt_ext._cluster_exchange import exchange
 from facelt_ext.functional.super_classes import segment_mean, sorted_members
 from facelt_ext.reference.margin_softmax import unit_rows
 from facelt_ext.types import compute_dtype
@@ -49,7 +50,11 @@ def kmeans(
     seed: int = 0,
     progress: bool = False,
 ) -> Clustering:
-    """Lloyd's k-means from k-means++ seeds (Arthur and Vassilvitskii 2007).
+    """Lloyd's k-means from k-means++ seeds (Arthur and Vassilvitskii 2007), with exchanges.
+
+    Seeds may fall twice into one dense place and leave out another, which Lloyd's steps do not
+    mend. Between them, pairs of near clusters are therefore merged and wide ones split, as long as
+    the splits gain more than the merges lose.
 
     Args:
         x: [N, D], float64, float32, bfloat16 or float16, finite. Halves are reckoned in float32.
@@ -86,14 +91,19 @@ def kmeans(
     engine = _Engine(points, k, spherical)
     centroids = points[_seeds(engine, np.random.default_rng(seed))]
     inertia, converged, previous, iterations = torch.inf, False, None, 0
+    exchanging = True
     with _bar(max_iterations, progress) as bar:
         while not converged and iterations < max_iterations:
             assignments, distances = engine.nearest(centroids)
             _fill_empty_clusters(assignments, distances, k)
             before, inertia = inertia, float(distances.sum(dtype=torch.float64))
-            unchanged = previous is not None and torch.equal(assignments, previous)
-            centroids, previous = engine.means(assignments), assignments
-            converged = unchanged or before - inertia <= tolerance * before < torch.inf
+            settled = before - inertia <= tolerance * before < torch.inf
+            settled |= previous is not None and torch.equal(assignments, previous)
+            if exchanging or settled:
+                gain = exchange(engine, assignments, distances)
+                exchanging = gain > tolerance * inertia
+            converged = settled and not exchanging
+            centroids, previous = engine.centroids(assignments), assignments
             iterations += 1
             bar(inertia)
     inertia = engine.inertia(centroids, assignments)
@@ -111,12 +121,13 @@ class _Engine:
         # What rounding may leave of a distance of 0.
         self.negligible = 8 * torch.finfo(points.dtype).eps * self.squares
 
-    def _chunks(self, columns: int) -> Iterator[tuple[slice, Tensor]]:
+    def chunks(self, rows: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of `rows` rows, each with memory for `columns` numbers a row."""
         kind = "cuda" if self.points.is_cuda else "cpu"
         size = max(CHUNK_BYTES[kind] // (columns * self.points.element_size()), 1)
-        scratch = self.points.new_empty(min(size, len(self.points)), columns)
-        for first in range(0, len(self.points), size):
-            part = slice(first, min(first + size, len(self.points)))
+        scratch = self.points.new_empty(min(size, rows), columns)
+        for first in range(0, rows, size):
+            part = slice(first, min(first + size, rows))
             yield part, scratch[: part.stop - part.start]
 
     def nearest(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,26 +135,33 @@ class _Engine:
         halves = centroids.square().sum(1) / 2
         assignments = torch.empty(len(self.points), dtype=torch.int64, device=centroids.device)
         scores = torch.empty_like(self.squares)
-        for part, products in self._chunks(len(centroids)):
+        for part, products in self.chunks(len(self.points), len(centroids)):
             torch.addmm(halves, self.points[part], centroids.t(), alpha=-1, out=products)
             torch.min(products, 1, out=(scores[part], assignments[part]))
         return assignments, (self.squares + 2 * scores).clamp_(min=0)
 
-    def means(self, assignments: Tensor) -> Tensor:
+    def means(self, assignments: Tensor, clusters: int) -> Tensor:
+        """NaN for a cluster without points."""
         backend = _backend.current()
         if backend == "reference":
-            means = reference.super_class_mean(self.points, assignments, self.k)
-        else:
-            members = sorted_members(assignments, self.k, False)
-            means = segment_mean(self.points, *members, self.points.dtype, backend)
+            return reference.super_class_mean(self.points, assignments, clusters)
+        members = sorted_members(assignments, clusters, False)
+        return segment_mean(self.points, *members, self.points.dtype, backend)
+
+    def centroids(self, assignments: Tensor) -> Tensor:
+        means = self.means(assignments, self.k)
         return unit_rows(means)[0] if self.spherical else means
 
-    def inertia(self, centroids: Tensor, assignments: Tensor) -> float:
-        total = 0.0
-        for part, rows in self._chunks(self.points.shape[1]):
+    def distances_to_own(self, centroids: Tensor, assignments: Tensor) -> Tensor:
+        """The squared distance of each point to the centroid it belongs to, [N]."""
+        distances = torch.empty_like(self.squares)
+        for part, rows in self.chunks(*self.points.shape):
             torch.sub(self.points[part], centroids[assignments[part]], out=rows)
-            total += float(rows.square_().sum(dtype=torch.float64))
-        return total
+            torch.sum(rows.square_(), 1, out=distances[part])
+        return distances
+
+    def inertia(self, centroids: Tensor, assignments: Tensor) -> float:
+        return float(self.distances_to_own(centroids, assignments).sum(dtype=torch.float64))
 
 
 def _seeds(engine: _Engine, rng: np.random.Generator) -> Tensor:

@@ -68,6 +68,22 @@ def test_at_the_end_everyone_is_nearest_to_its_own_centroid():
     assert found.converged and (own <= distances.amin(1) + 1e-5).all()
 
 
+@pytest.mark.parametrize("spherical", [False, True])
+def test_an_exchange_gains_what_it_says(spherical):
+    x = mixture(10, 400, 5, 12, 0.3).double()
+    if spherical:
+        x = torch.nn.functional.normalize(x)
+    engine = clustering._Engine(x, 25, spherical)
+    generator = torch.Generator().manual_seed(0)
+    assignments = engine.nearest(x[torch.randperm(400, generator=generator)[:25]])[0]
+    before = engine.inertia(engine.centroids(assignments), assignments)
+    distances = engine.distances_to_own(engine.centroids(assignments), assignments)
+    gain = clustering.exchange(engine, assignments, distances)
+    after = engine.inertia(engine.centroids(assignments), assignments)
+    assert torch.bincount(assignments, minlength=25).min() > 0
+    assert gain > 0.05 * before and before - after == pytest.approx(gain)
+
+
 def test_planted_clusters_are_found():
     x = mixture(2, 700, 12, 15, 0.02)
     found = kmeans(x, 15, seed=3)
