@@ -16,95 +16,25 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from face_demo import plots, report
+from face_demo.aggregation_plots import plot_sizes, plot_super_classes
 from face_demo.data import DataError, FaceImages, LongTailSplit, load_faces, split_long_tail
-from face_demo.methods import METHODS, Method
+from face_demo.methods import HEAD_ONLY, METHODS, Method
 from face_demo.metrics import all_pairs, heldout_figures, unseen_figures
-from face_demo.model import FaceNet, augment, embed, network_input
+from face_demo.model import embed, network_input
 from face_demo.report import Run
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from face_demo.tables import markdown_tables
+from face_demo.training import LEARNING_RATE, WEIGHT_DECAY, Course, make_sampler
 from tqdm import tqdm
 
 from facelt_ext import DomainBalancingLoss
-from facelt_ext.functional import class_ranges
-from facelt_ext.samplers import PKSampler
 
-CLASSES_PER_BATCH = 16
-SAMPLES_PER_CLASS = 4
-LEARNING_RATE = 1e-3
-WEIGHT_DECAY = 5e-4
 BASELINE = "softmax"
 
 
-def train(
-    split: LongTailSplit,
-    method: Method,
-    epochs: int,
-    seed: int,
-    device: torch.device,
-    progress: tqdm,
-) -> tuple[FaceNet, nn.Module, dict[str, list[float]]]:
-    """Trains a network; returns it, its loss, and the curves of the loss and of the class spread.
-
-    With the same seed every method gets the same images, equally augmented, and starts from the
-    same convolutions.
-    """
-    torch.manual_seed(seed)
-    network, criterion = method.build(len(split.train_counts))
-    network.to(device).train()
-    criterion.to(device).train()
-    sampler = make_sampler(split, seed)
-    dataset = TensorDataset(network_input(split.train_images), split.train_labels)
-    loader = DataLoader(dataset, batch_sampler=sampler)
-    parameters = [*network.parameters(), *criterion.parameters()]
-    optimizer = torch.optim.Adam(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=epochs * len(sampler)
-    )
-
-    # The methods have drawn different numbers of parameters; the augmentation must not notice.
-    torch.manual_seed(seed)
-    history: dict[str, list[float]] = {"loss": [], "spread": []}
-    for epoch in range(epochs):
-        sampler.set_epoch(epoch)
-        sums = torch.zeros(2)
-        for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
-            features, gate = network(augment(images))
-            loss = criterion(features, labels, *([] if gate is None else [gate]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            sums += torch.stack([loss.detach(), class_spread(features, labels)]).cpu()
-        for name, value in zip(history, sums.tolist(), strict=True):
-            history[name].append(value / len(sampler))
-        progress.update()
-    return network, criterion, history
-
-
-@torch.no_grad()
-def class_spread(features: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the classes of the largest squared distance between normalised features of one."""
-    return class_ranges(F.normalize(features), labels, k=1).ranges.mean()
-
-
-def make_sampler(split: LongTailSplit, seed: int) -> PKSampler:
-    """Batches with several images of every class that they hold; poor classes repeat theirs."""
-    classes = min(CLASSES_PER_BATCH, len(split.train_counts))
-    return PKSampler(split.train_labels, classes, SAMPLES_PER_CLASS, seed=seed)
-
-
-def run(
-    split: LongTailSplit,
-    method: Method,
-    epochs: int,
-    seed: int,
-    device: torch.device,
-    progress: tqdm,
-) -> Run:
+def run(course: Course, method: Method) -> Run:
     """Trains with one method and one seed, and measures unseen identities and held-out images."""
-    network, criterion, history = train(split, method, epochs, seed, device, progress)
+    trained_method = course.train(method)
+    split, network, criterion = course.split, trained_method.network, trained_method.criterion
     unseen = embed(network, network_input(split.unseen_images))
     trained = embed(network, network_input(split.train_images))
     identities = range(len(split.train_counts))
@@ -112,7 +42,7 @@ def run(
     heldout = embed(network, network_input(split.heldout_images))
     scores = heldout @ F.normalize(means).T
     return Run(
-        history=history,
+        history=trained_method.history,
         figures=unseen_figures(unseen, split.unseen_labels)
         | heldout_figures(scores.numpy(), split.heldout_labels.numpy(), split.is_head.numpy()),
         unseen_pairs=all_pairs(unseen, split.unseen_labels),
@@ -120,6 +50,7 @@ def run(
         indicators=(
             criterion.dfi().indicators.cpu() if isinstance(criterion, DomainBalancingLoss) else None
         ),
+        super_classes=course.super_classes if method.aggregated else None,
     )
 
 
@@ -132,12 +63,16 @@ def compare(
 ) -> dict[str, list[Run]]:
     """The runs of every method, one a seed; a seed's runs share split and batches."""
     runs: dict[str, list[Run]] = {title: [] for title in methods}
-    total = len(methods) * len(seeds) * epochs
+    trainings = len(methods) + any(
+        method.aggregated and HEAD_ONLY not in methods.values() for method in methods.values()
+    )
+    total = trainings * len(seeds) * epochs
     with tqdm(total=total, unit="epoch", dynamic_ncols=True) as progress:
         for seed, split in zip(seeds, splits, strict=True):
+            course = Course(split, epochs, seed, device, progress)
             for title, method in methods.items():
                 progress.set_description(f"seed {seed}, {title}")
-                runs[title].append(run(split, method, epochs, seed, device, progress))
+                runs[title].append(run(course, method))
     return runs
 
 
@@ -153,7 +88,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--methods",
         nargs="+",
         choices=others,
-        default=others,
         metavar="METHOD",
         help=f"what to compare with {BASELINE}: {', '.join(others)} (default: all)",
     )
@@ -185,6 +119,30 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def choose_methods(
+    named: Sequence[str] | None, split: LongTailSplit
+) -> tuple[dict[str, Method], str]:
+    """The baseline and the named methods by their titles; and what was left out, and why.
+
+    Args:
+        named: keys of `METHODS`; None: all that can be trained on ``split``.
+
+    Raises:
+        DataError: a named method cannot be trained on ``split``.
+    """
+    chosen = [name for name in METHODS if name == BASELINE or named is None or name in named]
+    unfit = [name for name in chosen if METHODS[name].tells_head_from_tail]
+    left_out = ""
+    try:
+        split.check_head_and_tail()
+    except DataError as error:
+        left_out = f"{', '.join(unfit)}: {error}" if unfit else ""
+        chosen = [name for name in chosen if name not in unfit]
+    if left_out and named is not None:
+        raise DataError(left_out)
+    return {METHODS[name].title: METHODS[name] for name in chosen}, left_out
+
+
 def write_report(
     folder: Path,
     config: dict,
@@ -211,7 +169,10 @@ def write_report(
     for own in runs.values():
         if own[0].indicators is not None:
             plots.plot_indicators(own[0].indicators, split, folder / "indicators.png")
-    tables = report.markdown_tables(figures)
+    if (super_classes := report.first_super_classes(runs)) is not None:
+        plot_super_classes(super_classes, split, folder / "super_classes.png")
+        plot_sizes(super_classes, folder / "super_class_sizes.png")
+    tables = markdown_tables(figures)
     (folder / "table.md").write_text(tables + "\n", encoding="utf-8")
     report.write_json(folder / "results.json", config, faces, split, methods, runs)
     report.write_page(folder / "report.md", config, faces, split, methods, runs, tables)
@@ -222,16 +183,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
     seeds = list(range(options.seed, options.seed + options.seeds))
-    chosen = [BASELINE, *(name for name in METHODS if name in options.methods)]
-    methods = {METHODS[name].title: METHODS[name] for name in chosen}
     try:
         faces = load_faces(options.data)
         splits = [split_long_tail(faces, seed) for seed in seeds]
+        methods, left_out = choose_methods(options.methods, splits[0])
     except DataError as error:
         raise SystemExit(f"error: {error}") from None
-    sampler = make_sampler(splits[0], options.seed)
+    if left_out:
+        print(f"left out {left_out}")
+    sampler = make_sampler(splits[0], len(splits[0].train_counts), options.seed)
     config = {
         "seeds": seeds,
+        "left_out": left_out,
         "epochs": options.epochs,
         "steps_per_epoch": len(sampler),
         "classes_per_batch": sampler.classes_per_batch,

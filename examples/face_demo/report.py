@@ -1,4 +1,4 @@
-"""The tables, the JSON file and the Markdown page of a comparison of methods."""
+"""The JSON file and the Markdown page of a comparison of methods."""
 
 from __future__ import annotations
 
@@ -6,26 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
 
+from facelt_ext.aggregation import SuperClasses
+
+from . import aggregation_report
 from .data import FaceImages, LongTailSplit
 from .methods import Method
 from .metrics import Pairs
-
-Figures = dict[str, float | None]
-
-METRICS = {
-    "accuracy": "unseen: accuracy",
-    "tar": "unseen: TAR",
-    "rank1": "unseen: rank-1",
-    "rank1_head": "head: rank-1",
-    "rank1_tail": "tail: rank-1",
-    "tar_head": "head: TAR",
-    "tar_tail": "tail: TAR",
-}
+from .tables import METRICS, Figures, differences, summarise
 
 EXPLANATION = """\
 All scores are cosines of features; figures are in per cent, mean ± standard deviation over the
@@ -56,6 +47,7 @@ class Run:
         figures: one for each of `METRICS`.
         unseen_pairs, unseen_features: scores and features of the unseen faces.
         indicators: domain frequency indicators of the training identities, if the loss has any.
+        super_classes: that the method put tail identities into, if it does.
     """
 
     history: dict[str, list[float]]
@@ -63,64 +55,13 @@ class Run:
     unseen_pairs: Pairs
     unseen_features: Tensor
     indicators: Tensor | None
+    super_classes: SuperClasses | None
 
 
-def summarise(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Mean and sample standard deviation (0 for a single value); None if a value is missing."""
-    present = [value for value in values if value is not None]
-    if len(present) < len(values):
-        return None
-    return {"mean": fmean(present), "std": stdev(present) if len(present) > 1 else 0.0}
-
-
-def differences(
-    first: Sequence[Figures], second: Sequence[Figures], metric: str
-) -> list[float | None]:
-    """``second - first`` of one metric, seed by seed."""
-    pairs = [(a[metric], b[metric]) for a, b in zip(first, second, strict=True)]
-    return [None if a is None or b is None else b - a for a, b in pairs]
-
-
-def markdown_tables(figures: Mapping[str, Sequence[Figures]]) -> str:
-    """A line a method and a column a metric; then the same for differences from the first method.
-
-    Args:
-        figures: for each method the figures of every seed, in the same order.
-    """
-    (baseline, first), *others = figures.items()
-    rows = [
-        [method, *(_cell([own[metric] for own in seeds]) for metric in METRICS)]
-        for method, seeds in figures.items()
-    ]
-    difference_rows = [
-        [method, *(_cell(differences(first, seeds, metric), sign="+") for metric in METRICS)]
-        for method, seeds in others
-    ]
-    return (
-        f"{_table(['%', *METRICS.values()], rows)}\n\n"
-        f"{_table([f'minus {baseline}', *METRICS.values()], difference_rows)}"
-    )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(_table_line(row, widths) for row in [header, rule, *rows])
-
-
-def _cell(values: Sequence[float | None], sign: str = "") -> str:
-    """Mean and standard deviation in per cent; ``n/a`` where a value is missing."""
-    summary = summarise(values)
-    if summary is None:
-        return "n/a"
-    mean = f"{100 * summary['mean']:{sign}.1f}"
-    return f"{mean} ± {100 * summary['std']:.1f}" if len(values) > 1 else mean
-
-
-def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    aligned = [cells[0].ljust(widths[0])]
-    aligned += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return f"| {' | '.join(aligned)} |"
+def first_super_classes(runs: Mapping[str, Sequence[Run]]) -> SuperClasses | None:
+    """Of the first seed; all methods of a seed that have any have the same."""
+    found = (own[0].super_classes for own in runs.values())
+    return next((each for each in found if each is not None), None)
 
 
 def correlation(indicators: Tensor, counts: Tensor) -> float | None:
@@ -166,7 +107,14 @@ def write_json(
 
 def _describe_run(seed: int, run: Run) -> dict:
     indicators = {} if run.indicators is None else {"indicators": run.indicators.tolist()}
-    return {"seed": seed, "figures": run.figures, "history": run.history, **indicators}
+    grouped = {} if run.super_classes is None else {"super_classes": _members(run.super_classes)}
+    return {"seed": seed, "figures": run.figures, "history": run.history, **indicators, **grouped}
+
+
+def _members(super_classes: SuperClasses) -> list[list[int]]:
+    """Training identities of each super class, richest first."""
+    numbers = range(super_classes.num_super_classes)
+    return [super_classes.members(number).tolist() for number in numbers]
 
 
 def _describe(faces: FaceImages, split: LongTailSplit) -> dict:
@@ -195,6 +143,10 @@ def write_page(
     """The Markdown page that joins the tables and the pictures beside it."""
     data = _describe(faces, split)
     skipped = f"\n{len(faces.skipped)} file(s) could not be read.\n" if faces.skipped else ""
+    left_out = f"\nLeft out: {config['left_out']}.\n" if config["left_out"] else ""
+    figures = {title: [run.figures for run in own] for title, own in runs.items()}
+    super_classes = first_super_classes(runs)
+    about_tail = aggregation_report.section(split.minimums, methods, figures, super_classes)
     path.write_text(
         f"""\
 # Losses on long-tailed faces
@@ -202,16 +154,16 @@ def write_page(
 Images: {faces.source}.
 {skipped}
 A small CNN was trained on {len(split.train_labels)} images of {data["training_identities"]} \
-identities with each of {len(methods)} method(s), with the same batches, augmentation and number of
-steps, for each of {len(config["seeds"])} seed(s). A seed decides who is head and who is tail, which
-images are kept, the initial weights and the batches. {data["unseen_identities"]} identities were \
-kept unseen.
-
+identities with each of {len(methods)} method(s), for each of {len(config["seeds"])} seed(s). All
+have the same number of steps and, where they see all identities, the same batches and augmentation.
+A seed decides who is head and who is tail, which images are kept, the initial weights and the
+batches. {data["unseen_identities"]} identities were kept unseen.
+{left_out}
 {tables}
 
 {EXPLANATION}
 ![Differences of every seed](differences.png)
-
+{about_tail}
 ## Settings
 
 {config["epochs"]} epochs of {config["steps_per_epoch"]} batches of \

@@ -1,0 +1,168 @@
+"""The trainings of one seed: phase after phase, and the super classes that some of them need."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from facelt_ext.aggregation import SuperClasses, aggregate, class_means
+from facelt_ext.functional import class_ranges
+from facelt_ext.samplers import PKSampler
+
+from .data import LongTailSplit
+from .methods import HEAD_ONLY, Method, Phase, Start
+from .model import FaceNet, augment, network_input
+
+CLASSES_PER_BATCH = 16
+SAMPLES_PER_CLASS = 4
+LEARNING_RATE = 1e-3
+WEIGHT_DECAY = 5e-4
+
+History = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network, its last loss, and the curves of the loss and of the class spread."""
+
+    network: FaceNet
+    criterion: nn.Module
+    history: History
+
+
+class Course:
+    """The trainings of one seed.
+
+    Every method gets the same images, equally augmented, as long as it sees all identities, and
+    starts from the same convolutions.
+
+    Args:
+        split: the images.
+        epochs: of each training.
+        seed: of weights, batches, augmentation and clusters.
+        device: where to train.
+        progress: is moved on by one with each epoch.
+    """
+
+    def __init__(
+        self, split: LongTailSplit, epochs: int, seed: int, device: torch.device, progress: tqdm
+    ) -> None:
+        self.split = split
+        self.epochs = epochs
+        self.seed = seed
+        self.device = device
+        self.progress = progress
+        self.inputs = network_input(split.train_images)
+
+    def train(self, method: Method) -> Trained:
+        return self.head_only if method is HEAD_ONLY else self._train(method)
+
+    @cached_property
+    def head_only(self) -> Trained:
+        """A method of its own, and the base model that super classes are made with."""
+        return self._train(HEAD_ONLY)
+
+    @cached_property
+    def super_classes(self) -> SuperClasses:
+        """Of the tail identities, by the mean features of the network trained on the head only."""
+        # Whether it is made now or was before, the method that asks must draw the same numbers.
+        with torch.random.fork_rng():
+            network = self.head_only.network.eval()
+            images = TensorDataset(self.inputs, self.split.train_labels)
+            means, counts = class_means(
+                lambda batch: network(batch)[0],
+                DataLoader(images, batch_size=256),
+                len(self.split.train_counts),
+                device=self.device,
+                progress=False,
+            )
+            return aggregate(means, counts, minimums=self.split.minimums, seed=self.seed)
+
+    def _train(self, method: Method) -> Trained:
+        torch.manual_seed(self.seed)
+        network, criterion = None, None
+        history: History = {"loss": [], "spread": []}
+        for phase, epochs in method.schedule(self.epochs):
+            # The methods draw different numbers of parameters; the augmentation must not notice.
+            with torch.random.fork_rng():
+                if network is None:
+                    network = method.make_network().to(self.device)
+                criterion = phase.make_loss(self._start(phase, criterion), **phase.settings)
+            criterion.to(self.device)
+            self._train_phase(network, criterion, phase, epochs, history)
+        return Trained(network, criterion, history)
+
+    def _start(self, phase: Phase, previous: nn.Module | None) -> Start:
+        return Start(
+            num_classes=self._num_classes(phase),
+            previous=previous,
+            super_classes=self.super_classes if phase.aggregated else None,
+        )
+
+    def _num_classes(self, phase: Phase) -> int:
+        """Identities come richest first, so those of the head are the first ones."""
+        return int(self.split.is_head.sum()) if phase.head_only else len(self.split.is_head)
+
+    def _train_phase(
+        self, network: FaceNet, criterion: nn.Module, phase: Phase, epochs: range, history: History
+    ) -> None:
+        """Trains both, and adds to the curves."""
+        if not epochs:
+            return
+        sampler = make_sampler(self.split, self._num_classes(phase), self.seed)
+        seen = self.split.train_labels < self._num_classes(phase)
+        images = TensorDataset(self.inputs[seen], self.split.train_labels[seen])
+        loader = DataLoader(images, batch_sampler=sampler)
+        rate = LEARNING_RATE * phase.rate
+        parameters = [*network.parameters(), *criterion.parameters()]
+        optimizer = torch.optim.Adam(parameters, rate, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, rate, total_steps=len(epochs) * len(sampler)
+        )
+        network.train()
+        criterion.train()
+        for epoch in epochs:
+            sampler.set_epoch(epoch)
+            sums = torch.zeros(2)
+            for batch, labels in loader:
+                labels = labels.to(self.device)
+                features, gate = network(augment(batch.to(self.device)))
+                loss = criterion(features, labels, *([] if gate is None else [gate]))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                sums += torch.stack([loss.detach(), class_spread(features, labels)]).cpu()
+            for name, value in zip(history, sums.tolist(), strict=True):
+                history[name].append(value / len(sampler))
+            self.progress.update()
+
+
+@torch.no_grad()
+def class_spread(features: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the classes of the largest squared distance between normalised features of one."""
+    return class_ranges(F.normalize(features), labels, k=1).ranges.mean()
+
+
+def make_sampler(split: LongTailSplit, num_classes: int, seed: int) -> PKSampler:
+    """Batches with several images of every class that they hold; poor classes repeat theirs.
+
+    With the first ``num_classes`` alone there are as many batches as with all, and of nearly the
+    same size.
+    """
+    batch_size = min(CLASSES_PER_BATCH, len(split.train_counts)) * SAMPLES_PER_CLASS
+    classes = min(CLASSES_PER_BATCH, num_classes)
+    return PKSampler(
+        split.train_labels[split.train_labels < num_classes],
+        classes,
+        batch_size // classes,
+        num_batches=math.ceil(len(split.train_labels) / batch_size),
+        seed=seed,
+    )
