@@ -49,10 +49,14 @@ class SuperClassIndex(nn.Module):
         return f"{len(self.index)} classes in {self.num_super_classes} super classes"
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        loaded = state_dict.get(prefix + "index", self.index)
+        if loaded.shape == self.index.shape:
+            # Before anything is taken over: kernels follow the index wherever it points.
+            loaded = checked_super_class(loaded)
+            order, offsets = sorted_members(loaded, self.num_super_classes, True)
+            self.order.copy_(order)
+            self.offsets.copy_(offsets)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        order, offsets = sorted_members(self.index, self.num_super_classes, True)
-        self.order.copy_(order)
-        self.offsets.copy_(offsets)
 
 
 def checked_super_class(super_class: Tensor) -> Tensor:
