@@ -237,3 +237,19 @@ def sizes(case: Case) -> tuple[Tensor, Tensor]:
     sine = torch.sin(2 * half_angle).clamp(min=1e-4)
     slope = torch.where(angular > 0, k / sine, float(k * k))
     return size, torch.where(slope < math.inf, slope, 1)
+
+
+def rms(values: list[Tensor]) -> float:
+    return torch.cat([v.double().flatten() for v in values]).square().mean().sqrt().item()
+
+
+def products_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what torch.mm gives, as it gives them."""
+    made, mm = [], torch.mm
+
+    def counting(left, right, **options):
+        made.append((left.shape[0], right.shape[1]))
+        return mm(left, right, **options)
+
+    monkeypatch.setattr(torch, "mm", counting)
+    return made

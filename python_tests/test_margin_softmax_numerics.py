@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import CPU, EMULATED
-from softmax_cases import FLAVOURS, Case, chunks_of, random_case, run, truth
+from softmax_cases import FLAVOURS, Case, chunks_of, products_made, random_case, rms, run, truth
 from strategies import HALF, TOLERANCE
 from torch.nn.functional import cross_entropy, normalize
 
@@ -40,10 +40,6 @@ def textbook(case: Case, dtype: torch.dtype, margin) -> list[torch.Tensor]:
     logits = 64 * cosine.scatter(1, target, margin(cosine.gather(1, target)))
     losses = cross_entropy(logits, case.labels, reduction="none")
     return [losses.detach(), *torch.autograd.grad(losses, (x, w), case.upstream.float())]
-
-
-def rms(values: list[torch.Tensor]) -> float:
-    return torch.cat([v.double().flatten() for v in values]).square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize("flavour", AT_64)
@@ -274,18 +270,6 @@ def test_a_label_out_of_range(any_place, label, flavour, reduction):
             run(any_place, case)
     finally:
         facelt_ext.debug_checks(False)
-
-
-def products_made(monkeypatch) -> list[tuple[int, ...]]:
-    """The shapes of what torch.mm gives, as it gives them."""
-    made, mm = [], torch.mm
-
-    def counting(left, right, **options):
-        made.append((left.shape[0], right.shape[1]))
-        return mm(left, right, **options)
-
-    monkeypatch.setattr(torch, "mm", counting)
-    return made
 
 
 @pytest.mark.parametrize(("workspace", "kept"), [("low", 0), ("high", 6 * 10), ("auto", 6 * 10)])
