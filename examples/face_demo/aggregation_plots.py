@@ -28,9 +28,9 @@ def plot_super_classes(super_classes: SuperClasses, split: LongTailSplit, path: 
     ]
     columns = min(max(map(len, members)), MAX_FACES)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(max(2 + 0.85 * columns, 4.2), 1.2 * len(members)))
+        figure = Figure(figsize=(max(1.4 + 0.85 * columns, 4.2), 1.2 * len(members)))
         rows = figure.subplots(
-            len(members), 1 + columns, squeeze=False, width_ratios=[2, *[0.85] * columns]
+            len(members), 1 + columns, squeeze=False, width_ratios=[1.4, *[0.85] * columns]
         )
         for axes in rows.flatten():
             axes.set_axis_off()

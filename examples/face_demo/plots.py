@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure, SubFigure
@@ -22,6 +23,7 @@ from .tables import METRICS, Figures, differences
 
 HEAD_COLOUR, TAIL_COLOUR = "#2f6f8f", "#e0a030"
 METHOD_COLOURS = ["#7a7a7a", "#c8553d", "#2f6f8f", "#5c9e5c", "#8a5fb0", "#e0a030"]
+METHOD_COLOURS += ["#202020", "#d9779f", "#4fb3c4", "#8b5a2b"]
 MAX_SHOWN_IDENTITIES = 20
 MAX_NAMED_IDENTITIES = 60
 FACES_SHOWN = 6
@@ -106,19 +108,19 @@ def plot_training(histories: Mapping[str, Sequence[dict[str, list[float]]]], pat
         path: PNG file to write.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.6))
+        figure = Figure(figsize=(11.5, 3.8))
         panels = figure.subplots(1, 2)
         titles = {"loss": "loss, each its own", "spread": "spread of an identity"}
         for axes, (term, title) in zip(panels, titles.items(), strict=True):
             for number, (method, seeds) in enumerate(histories.items()):
                 curve = np.mean([history[term] for history in seeds], axis=0)
                 epochs = np.arange(1, len(curve) + 1)
-                axes.plot(epochs, curve, color=_colour(number), label=method)
+                axes.plot(epochs, curve, label=method, **_line(number))
             axes.set_title(title)
             axes.set_xlabel("epoch")
             axes.set_ylabel("mean over the epoch's batches")
         panels[0].set_yscale("log")
-        panels[0].legend(fontsize="small")
+        _legend_beside(figure, panels[0])
         panels[1].set_ylim(bottom=0)
         figure.savefig(path)
 
@@ -133,11 +135,11 @@ def plot_roc(pairs: Mapping[str, Sequence[Pairs]], path: Path) -> None:
     impostors = min(int((~scored.same).sum()) for seeds in pairs.values() for scored in seeds)
     rates = np.geomspace(1 / impostors, 1, 200)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6, 4.2))
+        figure = Figure(figsize=(8.6, 4.4))
         axes = figure.add_subplot()
         for number, (method, seeds) in enumerate(pairs.items()):
             curve = np.mean([_true_accept_rates(scored, rates) for scored in seeds], axis=0)
-            axes.plot(rates, curve, color=_colour(number), label=method)
+            axes.plot(rates, curve, label=method, **_line(number))
         axes.axvline(FALSE_ACCEPT_RATE, color="black", linewidth=0.8, linestyle=":")
         axes.text(FALSE_ACCEPT_RATE * 1.12, 0.03, "FAR = 1 %", transform=axes.get_xaxis_transform())
         axes.set_xscale("log")
@@ -145,7 +147,7 @@ def plot_roc(pairs: Mapping[str, Sequence[Pairs]], path: Path) -> None:
         axes.set_ylim(top=1.01)
         axes.set_xlabel("false accept rate")
         axes.set_ylabel("true accept rate")
-        axes.legend(loc="lower right", fontsize="small")
+        _legend_beside(figure, axes)
         figure.savefig(path)
 
 
@@ -159,6 +161,17 @@ def _true_accept_rates(scored: Pairs, rates: np.ndarray) -> np.ndarray:
 def _colour(number: int) -> str:
     """Of the method with this number; the first one, which others are compared with, is grey."""
     return METHOD_COLOURS[number % len(METHOD_COLOURS)]
+
+
+def _line(number: int) -> dict[str, str]:
+    """How the curve of the method with this number looks; neighbours are told apart in grey too."""
+    return {"color": _colour(number), "linestyle": "--" if number % 2 else "-"}
+
+
+def _legend_beside(figure: Figure, axes: Axes) -> None:
+    """Of the methods' curves, to the right of all panels."""
+    handles, methods = axes.get_legend_handles_labels()
+    figure.legend(handles, methods, loc="outside right upper", fontsize="small")
 
 
 def plot_indicators(indicators: Tensor, split: LongTailSplit, path: Path) -> None:

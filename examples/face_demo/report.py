@@ -181,7 +181,8 @@ without the unseen identities, which `examples/face_demo/methods.py` lists.
 
 Mean over the seeds. The values of different losses cannot be compared with each other; the spread
 can: it is the largest squared distance between the normalised features of two images of an
-identity, averaged over the identities of a batch.
+identity, averaged over the identities of a batch. A loss of two phases begins anew with the second;
+while a method sees the head only, its curves are of the head.
 
 ![Curves of the training](training.png)
 {_indicator_section(config, split, runs)}
