@@ -74,12 +74,12 @@ def _super_class_section(minimums: Sequence[int], super_classes: SuperClasses | 
     return f"""
 ## Super classes
 
-Which tail identities were put together for the first seed: k-means on the mean features
-of their training images, each tail group by itself ({_ranges(minimums)}). A group gets so many
-super classes that one holds about as many images as a head identity does on average. The features
-are those of the network of the same seed that was trained on the head only ("{HEAD_ONLY.title}");
-its training comes on top of the epochs of Aggregate-and-Disperse. ArcFace + Aggregate-and-Disperse
-has ArcFace over all identities beside both steps.
+Which tail identities were put together for the first seed: k-means on the mean features of their
+training images, each tail group by itself ({_ranges(minimums)}). A group gets so many super classes
+that one holds about as many images as a head identity does on average. The features are those of
+the network of the same seed that was trained on the head only ("{HEAD_ONLY.title}"); its training
+comes on top of the epochs of Aggregate-and-Disperse. ArcFace + Aggregate-and-Disperse has ArcFace
+over all identities beside both steps.
 
 ```
 {super_classes.summary()}
