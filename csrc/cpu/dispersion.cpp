@@ -165,6 +165,7 @@ void dispersion_tail_gradient(const TensorView& raw, const TensorView& gain,
                               const TensorView& coefficients, std::int64_t num_head,
                               std::int64_t first, const TensorView& grad_tail,
                               Execution execution) {
+  check_super_classes(first, raw.size(0), offsets.numel() - 1);
   dispatch_pair(raw.dtype, tail_weight.dtype, "raw", "tail_weight", [&](auto p, auto w) {
     using P = decltype(p);
     using W = decltype(w);
@@ -174,8 +175,7 @@ void dispersion_tail_gradient(const TensorView& raw, const TensorView& gain,
     const P* sums = input<P>(raw, "raw", count * dimensions);
     const A factor = *input<A>(gain, "gain", 1);
     const std::int64_t* samples = index_pointer(sample_order, "sample_order", tails.batch);
-    const std::int64_t* starts =
-        index_pointer(sample_offsets, "sample_offsets", sample_offsets.numel());
+    const std::int64_t* starts = index_pointer(sample_offsets, "sample_offsets", offsets.numel());
     const A* shifts = input<A>(lse, "lse", tails.batch);
     const A* factors = input<A>(coefficients, "coefficients", tails.batch);
     const TableWriter<W> table(output<W>(grad_tail, "grad_tail", tails.rows * dimensions),

@@ -285,6 +285,7 @@ void dispersion_tail_gradient(const TensorView& raw, const TensorView& gain,
   constexpr ScalarType kIndex = ScalarType::kInt64;
   const std::int64_t count = raw.size(0), batch = features.size(0);
   const int device = raw.device;
+  check_super_classes(first, count, offsets.numel() - 1);
   if (count == 0) return;
   dispatch_pair(raw.dtype, tail_weight.dtype, "raw", "tail_weight", [&](auto p, auto w) {
     using P = decltype(p);
