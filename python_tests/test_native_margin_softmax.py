@@ -6,20 +6,11 @@ import gc
 
 import pytest
 import torch
+from native_calls import MODULES, assert_refused_if_wrong, call, empty
 
 from facelt_ext import _C, _native
 
 OPTIONS = (8.0, 1, True, True, 0, 6, -100)
-MODULES = [
-    pytest.param("cpu", id="cpu"),
-    pytest.param("emulated", id="emulated", marks=pytest.mark.emulation),
-]
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.zeros(*shape, dtype=dtype)
-
-
 # Tensors by name, in the order of the arguments, with numbers between them: B = 4, N = 6, D = 3.
 CALLS = {
     "normalize_rows": {"x": empty(6, 3), "inverse_norms": empty(6), "normalized": empty(6, 3)},
@@ -59,10 +50,6 @@ FREE = {
 }
 
 
-def call(module: str, function: str, **changed: torch.Tensor) -> None:
-    getattr(getattr(_C, module), function)(*{**CALLS[function], **changed}.values(), 1)
-
-
 def tensors_of(function: str) -> list[str]:
     return [name for name, value in CALLS[function].items() if isinstance(value, torch.Tensor)]
 
@@ -72,21 +59,9 @@ def tensors_of(function: str) -> list[str]:
     ("function", "name"), [(function, name) for function in CALLS for name in tensors_of(function)]
 )
 def test_a_tensor_of_the_wrong_size_dtype_or_layout(module, function, name):
-    call(module, function)
-    right = CALLS[function][name]
-    if name not in FREE[function]:
-        for size in (right.numel() - 1, right.numel() + 1):
-            if size == 0 and name == "column_scales":
-                continue
-            wrong = torch.zeros(size, dtype=right.dtype)
-            with pytest.raises(ValueError, match=f"{name}: expected {right.numel()} "):
-                call(module, function, **{name: wrong})
-    with pytest.raises(ValueError, match=f"{name}: expected .* got uint8"):
-        call(module, function, **{name: right.to(torch.uint8)})
-    sliced = torch.stack([right, right], -1)[..., 0]
-    if right.numel() > 1:
-        with pytest.raises(ValueError, match=f"{name}: expected .*not contiguous"):
-            call(module, function, **{name: sliced})
+    assert_refused_if_wrong(
+        module, function, CALLS[function], name, name in FREE[function], name == "column_scales"
+    )
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -94,7 +69,7 @@ def test_two_half_types_are_no_pair(module):
     half, other = empty(6, 3, dtype=torch.float16), empty(6, 3, dtype=torch.bfloat16)
     for x, y in [(half, other), (other, half), (half, empty(6, 3, dtype=torch.float64))]:
         with pytest.raises(ValueError, match="x.*normalized"):
-            call(module, "normalize_rows", x=x, normalized=y)
+            call(module, "normalize_rows", CALLS["normalize_rows"], x=x, normalized=y)
 
 
 @pytest.mark.parametrize("module", MODULES)
