@@ -41,6 +41,36 @@ def arguments(**changes: object) -> dict[str, object]:
             "tail_weight: expected dtype torch.float32, as head_weight, got torch.float64",
         ),
         ({"features": torch.zeros(5, 3).double()}, TypeError, "head_weight: expected dtype .*64"),
+        (
+            {"features": torch.zeros(5, 3).half(), "head_weight": torch.zeros(2, 3).half()},
+            TypeError,
+            "tail_weight: expected dtype torch.float16, as head_weight, got torch.float32",
+        ),
+        (
+            {"head_weight": torch.zeros(2, 3).half(), "tail_weight": torch.zeros(4, 3).half()},
+            TypeError,
+            "head_weight: expected dtype torch.float32, as the features, got torch.float16",
+        ),
+        (
+            {"head_weight": torch.zeros(2, 3, device="meta")},
+            ValueError,
+            "head_weight: expected device cpu, where features is, got meta",
+        ),
+        (
+            {"tail_weight": torch.zeros(4, 3, device="meta")},
+            ValueError,
+            "tail_weight: expected device cpu, where features is, got meta",
+        ),
+        (
+            {"super_class": SuperClassIndex(INDEX).to("meta")},
+            ValueError,
+            r"super_class: expected shape \[4\] on cpu, .* got \[4\] on meta",
+        ),
+        (
+            {"labels": torch.zeros(5, device="meta").long()},
+            ValueError,
+            "labels: expected device cpu, where features is, got meta",
+        ),
         ({"super_class": [0, 1, 0, 2]}, TypeError, "super_class: expected a tensor, got list"),
         ({"super_class": INDEX[:3]}, ValueError, r"super_class: .*\[4\] on cpu, .*got \[3\]"),
         (

@@ -207,6 +207,15 @@ def test_margin_softmax_on_another_device_than_the_current_one():
         torch.testing.assert_close(a.cpu(), e.cpu())
 
 
+def case_on_the_gpu(dtype: torch.dtype = torch.float32):
+    """Features, heads and tails, the tails' super classes, labels."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(n, 64, generator=generator).to("cuda", dtype) for n in (96, 50, 300)]
+    index = functional.SuperClassIndex(torch.arange(300) % 40).cuda()
+    labels = torch.randint(350, (96,), generator=generator).cuda()
+    return *(r.requires_grad_() for r in rows), index, labels
+
+
 def dispersion(features, head, tail, index, labels):
     loss = functional.dispersion_softmax_loss(features, head, tail, index, labels)
     return loss, *torch.autograd.grad(1.7 * loss, (features, head, tail))
@@ -214,11 +223,8 @@ def dispersion(features, head, tail, index, labels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dispersion_softmax_is_captured_into_a_graph(dtype):
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(n, 64, generator=generator).to("cuda", dtype) for n in (96, 50, 300)]
-    features, head, tail = (r.requires_grad_() for r in rows)
-    index = functional.SuperClassIndex(torch.arange(300) % 40).cuda()
-    labels = torch.randint(350, (96,), generator=generator).cuda()
+    features, head, tail, index, labels = case_on_the_gpu(dtype)
+    generator = torch.Generator().manual_seed(1)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         dispersion(features, head, tail, index, labels)
@@ -233,3 +239,102 @@ def test_the_dispersion_softmax_is_captured_into_a_graph(dtype):
         graph.replay()
         expected = dispersion(features, head, tail, index, labels)
         assert all(map(torch.equal, results, expected))
+
+
+def test_the_dispersion_softmax_runs_on_the_current_stream():
+    features, *others = case_on_the_gpu()
+    expected = dispersion(features, *others)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        copied = features.detach().clone().requires_grad_()
+        actual = dispersion(copied, *others)
+    stream.synchronize()
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_the_mean_of_super_classes_is_captured_into_a_graph(prepared):
+    """Also of an index that is no more than a tensor, if the number of super classes is given."""
+    _, _, tail, index, _ = case_on_the_gpu()
+    raw = index.index.clone()
+
+    def means_and_grad():
+        means = functional.super_class_mean(tail, index if prepared else raw, 40)
+        return means, *torch.autograd.grad(means, tail, means.detach())
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        means_and_grad()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = means_and_grad()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        with torch.no_grad():
+            tail.copy_(torch.randn(tail.shape, generator=generator))
+            raw.copy_(torch.randint(-1, 41, raw.shape, generator=generator))
+        graph.replay()
+        for a, e in zip(captured, means_and_grad(), strict=True):
+            torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dimensions", [64, 65])
+def test_the_mean_of_super_classes_beyond_32_bits(dimensions):
+    """The last rows of a table of more than 2^31 numbers, with wide loads and without."""
+    rows, count = 2**25 + 2**20, 2**20
+    weight = torch.zeros(rows, dimensions, dtype=torch.bfloat16, device="cuda")
+    weight[-1, -1], weight[-1 - count, -1] = 22, 44
+    weight.requires_grad_()
+    index = functional.SuperClassIndex(torch.arange(rows, device="cuda") % count)
+    means = functional.super_class_mean(weight, index)
+    assert means[-1, -1].item() == 2 and not means[:-1].any()
+    upstream = torch.zeros_like(means)
+    upstream[-1, -1] = 33
+    (grad,) = torch.autograd.grad(means, weight, upstream)
+    assert (grad[count - 1 :: count, -1] == 1).all()
+    assert grad.count_nonzero().item() == rows // count
+
+
+def test_the_dispersion_softmax_beyond_32_bits():
+    """Tails of more than 2^31 numbers; the samples are of the last one."""
+    batch_size, tails, count, dimensions = 32, 2**25 + 2**15, 2**15, 65
+    members = tails // count
+    features = torch.zeros(batch_size, dimensions, dtype=torch.bfloat16, device="cuda")
+    features[:, 0] = 1
+    head = torch.zeros(1, dimensions, dtype=torch.bfloat16, device="cuda")
+    tail = torch.zeros(tails, dimensions, dtype=torch.bfloat16, device="cuda")
+    tail[-1, 0] = 8
+    tail.requires_grad_()
+    index = functional.SuperClassIndex(torch.arange(tails, device="cuda") % count)
+    labels = torch.full((batch_size,), tails, device="cuda")
+    loss = functional.dispersion_softmax_loss(features, head, tail, index, labels)
+    (grad,) = torch.autograd.grad(loss, tail)
+    # Every logit but the target's, which is 8, is 0: a head, the other members, the other means.
+    zeros = float(1 + members - 1 + count - 1)
+    lse = torch.tensor([8.0, torch.tensor(zeros).log()]).logsumexp(0)
+    torch.testing.assert_close(loss.detach().cpu(), lse - 8, rtol=1e-3, atol=1e-3)
+    term = torch.exp(-lse).item()
+    assert not grad[:, 1:].any()
+    for row, wanted in [
+        (tails - 1, torch.expm1(8 - lse).item()),
+        (count - 1, term),
+        (tails - 2, term / members),
+        (0, term / members),
+    ]:
+        assert grad[row, 0].item() == pytest.approx(wanted, rel=0.02)
+
+
+def test_the_dispersion_softmax_on_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    *rows, index, labels = case_on_the_gpu()
+    expected = dispersion(*rows, index, labels)
+    there = [t.detach().to("cuda:1").requires_grad_() for t in rows]
+    actual = dispersion(*there, index.to("cuda:1"), labels.to("cuda:1"))
+    assert all(a.device == there[0].device for a in actual)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), e.cpu())
