@@ -228,6 +228,21 @@ def test_ignored_samples_may_hold_anything(any_place, bad, dtype, ignored):
     torch.testing.assert_close(loss.cpu(), actual[0].sum() / 4)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("label", [1, 4])
+def test_a_sample_whose_loss_nobody_uses_may_hold_anything(place, bad, label):
+    """As with losses[losses.isfinite()].sum(): it takes no part in the gradients."""
+    case = random_case(7, 6, 3, 6, 2, 4).to(torch.float32)
+    case.labels[:] = torch.tensor([0, 3, label, 4, 5, 8])
+    case.upstream[2] = 0
+    expected = run(place, case)
+    case.features[2] = bad
+    actual = run(place, case)
+    assert actual[0][2].isnan() and not actual[1][2].any()
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        assert torch.equal(a, e) and a.isfinite().all()
+
+
 @pytest.mark.parametrize("label", [-1, 9, 2**62, -(2**63)])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("joint", [False, True])
@@ -296,6 +311,21 @@ def test_one_part_of_the_normalizer_is_larger_than_all_others(any_place, along, 
     assert expected[0].max() > 1000
     with chunks_of(1):
         assert_losses_and_grads(run(any_place, case), expected, case, dtype)
+
+
+@pytest.mark.parametrize("label", [1, 3, 4, 5])
+def test_logits_below_all_numbers(any_place, label):
+    """Those of a head, and of the first member, and so of a mean: their terms are 0."""
+    case = random_case(9, 1, 2, 4, 2, 1).to(torch.float32)
+    case.head[:, 0] = torch.tensor([-1e30, 1e-18])
+    case.tail[:, 0] = torch.tensor([-1e30, 2e-18, -1e-18, 3e-18])
+    case.super_class[:] = torch.tensor([0, 0, 0, 1])
+    case.features[:], case.labels[:] = 1e18, label
+    with chunks_of(1):
+        actual = run(any_place, case)
+    for a, e in zip(actual, truth(case), strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-6 * e.abs().max().item())
 
 
 @pytest.mark.parametrize(("workspace", "kept"), [("low", 0), ("high", 6 * 10), ("auto", 6 * 10)])
