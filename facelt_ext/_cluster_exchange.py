@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from facelt_ext._distances import Distances, first_least
+
 if TYPE_CHECKING:
     from facelt_ext.clustering import _Engine
 
@@ -28,7 +30,7 @@ def exchange(engine: _Engine, assignments: Tensor, distances: Tensor) -> float:
     upper = _halves(engine, assignments, distances)
     halves = worths(engine, 2 * assignments + upper, 2 * engine.k)[0].view(engine.k, 2)
     gains = halves.sum(1) - worth
-    partner = _nearest_other(engine, means)
+    partner = _nearest_other(means)
     together = (means * counts[:, None] + (means * counts[:, None])[partner]) / (
         counts + counts[partner]
     )[:, None]
@@ -67,16 +69,16 @@ def _halves(engine: _Engine, assignments: Tensor, distances: Tensor) -> Tensor:
     The halves begin at the point farthest from the centroid and the one farthest from it.
     """
     first = _farthest(assignments, distances, engine.k)
-    by_first = engine.distances_to_own(engine.points[first], assignments)
+    by_first = engine.own(engine.points[first], assignments)
     second = _farthest(assignments, by_first, engine.k)
-    by_second = engine.distances_to_own(engine.points[second], assignments)
+    by_second = engine.own(engine.points[second], assignments)
     upper = by_second < by_first
     for _ in range(HALVING_STEPS):
         means = engine.means(2 * assignments + upper, 2 * engine.k).view(engine.k, 2, -1)
         if engine.spherical:
             means = torch.nn.functional.normalize(means, dim=2)
-        lower_distances = engine.distances_to_own(means[:, 0], assignments)
-        upper_distances = engine.distances_to_own(means[:, 1], assignments)
+        lower_distances = engine.own(means[:, 0], assignments)
+        upper_distances = engine.own(means[:, 1], assignments)
         # An empty half has NaN for a mean, and no point comes nearer to it.
         upper = torch.where(upper_distances.isnan(), upper, upper_distances < lower_distances)
     return upper
@@ -90,15 +92,13 @@ def _farthest(assignments: Tensor, distances: Tensor, clusters: int) -> Tensor:
     return order[ends - 1]
 
 
-def _nearest_other(engine: _Engine, means: Tensor) -> Tensor:
+def _nearest_other(means: Tensor) -> Tensor:
     """The nearest other mean of each, [k]."""
-    halves = means.square().sum(1) / 2
     nearest = torch.empty(len(means), dtype=torch.int64, device=means.device)
-    for part, products in engine.chunks(len(means), len(means)):
-        torch.addmm(halves, means[part], means.t(), alpha=-1, out=products)
+    for part, products in Distances(means, means.square().sum(1)).chunks(means):
         rows = torch.arange(part.start, part.stop, device=means.device)
         products.scatter_(1, rows[:, None], torch.inf)
-        torch.argmin(products, 1, out=nearest[part])
+        nearest[part] = first_least(products)
     return nearest
 
 

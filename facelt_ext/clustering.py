@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,22 +12,23 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, reference
+from facelt_ext._balanced_assignment import BalancedAssignment
 from facelt_ext._checks import check_count, check_integer, check_matrix, check_number
 from facelt_ext._cluster_exchange import exchange
+from facelt_ext._distances import Distances
 from facelt_ext.functional.super_classes import segment_mean, sorted_members
 from facelt_ext.reference.margin_softmax import unit_rows
 from facelt_ext.types import compute_dtype
 
-# Bytes of the products of a chunk of points with all centroids.
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-# Candidates that the seeding draws at a time.
-SEED_BLOCK = 256
+# Candidates that the seeding draws at a time: few at first, where each seed changes much.
+SEED_BLOCK = (8, 512)
 
 
 class Clustering(NamedTuple):
     """What k-means gives.
 
-    centroids: [k, D], the mean of each cluster's members (its direction, if spherical).
+    centroids: [k, D] in x's dtype, float32 for halves: the mean of each cluster's members (its
+        direction, if spherical).
     assignments: int64 [N], the cluster of each point, in [0, k); no cluster is empty.
     inertia: sum of the squared distances to the own centroid.
     iterations: how often the points were assigned.
@@ -45,6 +47,7 @@ def kmeans(
     k: int,
     *,
     spherical: bool = False,
+    balanced: bool = False,
     max_iterations: int = 100,
     tolerance: float = 1e-4,
     seed: int = 0,
@@ -60,19 +63,75 @@ def kmeans(
         x: [N, D], float64, float32, bfloat16 or float16, finite. Halves are reckoned in float32.
         k: the number of clusters, in [1, N].
         spherical: clusters of directions: rows and centroids have unit length. Zeros stay zeros.
+        balanced: the sizes of clusters differ by at most one. Nothing is exchanged then.
         max_iterations: at least 1.
         tolerance: it ends when an iteration lessens the inertia by no more than this part of it.
         seed: a non-negative integer. The result depends on it and on nothing else that is random.
         progress: shows a bar (needs tqdm).
 
     Returns:
-        A `Clustering`. The points were assigned to the nearest of the centroids before the last
-        step, ties to the first; a cluster that nobody is nearest to gets the point that is farthest
-        from its own centroid.
+        A `Clustering`. Each centroid is what its members make it. They were assigned to the nearest
+        (ties to the first) of the centroids before the last step, which are those returned if the
+        assignments had stopped changing. A cluster to which no point was nearest has taken the one
+        that was farthest from its own centroid and not alone there. The last step may have
+        exchanged clusters: for a gain below the tolerance, or if `converged` is False.
+
+        If balanced, their squared distances to the centroids before the last step add up to at most
+        1 % more than the least sum that such sizes allow, but for rounding. This takes a few k x k
+        matrices. Above 2,048 clusters it goes without them, and the sum may be larger.
+
+        Points are compared by matrix products in x's dtype (float32 for halves), less their mean:
+        in float32, distances below some 1e-3 of the data's extent are not told apart. The inertia
+        is a sum of squared differences. Two runs on the same machine give the same bits.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
+        ImportError: progress without tqdm.
     """
+    _check(x, k, max_iterations, tolerance, seed)
+    x = x.detach().to(compute_dtype(x.dtype)).contiguous()
+    points, mean, scale = (unit_rows(x)[0], 0, 1) if spherical else _centered(x)
+    engine = _Engine(points, k, spherical)
+    balance = BalancedAssignment(engine, k) if balanced else None
+    seeds, first = _seeds(engine, np.random.default_rng(seed))
+    centroids, previous = engine.points[seeds], None
+    inertia, converged, iterations, exchanging = torch.inf, False, 0, not balanced
+    with _bar(max_iterations, progress) as bar:
+        while not converged and iterations < max_iterations:
+            if balance is not None:
+                assignments, distances = _balanced(engine, balance, centroids, previous)
+            else:
+                # The seeding knows the first already.
+                assignments, distances = first if iterations == 0 else engine.nearest(centroids)
+                _fill_empty_clusters(assignments, distances, k)
+            before, inertia = inertia, float(distances.sum(dtype=torch.float64))
+            settled = before - inertia <= tolerance * before < torch.inf
+            settled |= previous is not None and torch.equal(assignments, previous)
+            if balance is None and (exchanging or settled):
+                gain = exchange(engine, assignments, distances)
+                exchanging = gain > tolerance * inertia
+            converged = settled and not exchanging
+            centroids, previous = engine.centroids(assignments), assignments
+            iterations += 1
+            bar(inertia / scale**2)
+    inertia = engine.inertia(centroids, assignments) / scale**2
+    return Clustering((centroids + mean) / scale, assignments, inertia, iterations, converged)
+
+
+def _balanced(
+    engine: _Engine, balance: BalancedAssignment, centroids: Tensor, previous: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Those before are kept where the new ones, which need not be the best, are none better."""
+    assignments = balance.assign(centroids)
+    distances = engine.own(centroids, assignments)
+    if previous is not None:
+        kept = engine.own(centroids, previous)
+        if kept.sum() <= distances.sum():
+            return previous, kept
+    return assignments, distances
+
+
+def _check(x: Tensor, k: int, max_iterations: int, tolerance: float, seed: int) -> None:
     check_matrix(x, "x")
     check_count(k, "k")
     check_count(max_iterations, "max_iterations")
@@ -85,60 +144,26 @@ def kmeans(
         raise ValueError(f"{name}: expected at least 0, got {value}")
     if not x.isfinite().all():
         raise ValueError("x: expected finite numbers, got NaN or infinity")
-    x = x.detach().to(compute_dtype(x.dtype)).contiguous()
-    # Far from the origin, |c|^2 - 2 x.c would cancel.
-    points = unit_rows(x)[0] if spherical else x - x.mean(0)
-    engine = _Engine(points, k, spherical)
-    centroids = points[_seeds(engine, np.random.default_rng(seed))]
-    inertia, converged, previous, iterations = torch.inf, False, None, 0
-    exchanging = True
-    with _bar(max_iterations, progress) as bar:
-        while not converged and iterations < max_iterations:
-            assignments, distances = engine.nearest(centroids)
-            _fill_empty_clusters(assignments, distances, k)
-            before, inertia = inertia, float(distances.sum(dtype=torch.float64))
-            settled = before - inertia <= tolerance * before < torch.inf
-            settled |= previous is not None and torch.equal(assignments, previous)
-            if exchanging or settled:
-                gain = exchange(engine, assignments, distances)
-                exchanging = gain > tolerance * inertia
-            converged = settled and not exchanging
-            centroids, previous = engine.centroids(assignments), assignments
-            iterations += 1
-            bar(inertia)
-    inertia = engine.inertia(centroids, assignments)
-    if not spherical:
-        centroids = centroids + x.mean(0)
-    return Clustering(centroids, assignments, inertia, iterations, converged)
 
 
-class _Engine:
-    """Points and the chunks in which all of them meet centroids."""
+def _centered(x: Tensor) -> tuple[Tensor, Tensor, float]:
+    """scale * x less its mean, that mean, and a power of 2 with which squares stay in range.
+
+    Far from the origin, |c|^2 - 2 x.c would cancel.
+    """
+    _, exponent = math.frexp(float(x.abs().amax()))
+    scale = 2.0 ** -min(max(exponent, -120), 120)
+    x = x * scale
+    mean = x.mean(0)
+    return x - mean, mean, scale
+
+
+class _Engine(Distances):
+    """The points, and what k clusters of them have for means."""
 
     def __init__(self, points: Tensor, k: int, spherical: bool) -> None:
-        self.points, self.k, self.spherical = points, k, spherical
-        self.squares = points.square().sum(1)
-        # What rounding may leave of a distance of 0.
-        self.negligible = 8 * torch.finfo(points.dtype).eps * self.squares
-
-    def chunks(self, rows: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
-        """Parts of `rows` rows, each with memory for `columns` numbers a row."""
-        kind = "cuda" if self.points.is_cuda else "cpu"
-        size = max(CHUNK_BYTES[kind] // (columns * self.points.element_size()), 1)
-        scratch = self.points.new_empty(min(size, rows), columns)
-        for first in range(0, rows, size):
-            part = slice(first, min(first + size, rows))
-            yield part, scratch[: part.stop - part.start]
-
-    def nearest(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest centroid of each point, [N], and the squared distance to it."""
-        halves = centroids.square().sum(1) / 2
-        assignments = torch.empty(len(self.points), dtype=torch.int64, device=centroids.device)
-        scores = torch.empty_like(self.squares)
-        for part, products in self.chunks(len(self.points), len(centroids)):
-            torch.addmm(halves, self.points[part], centroids.t(), alpha=-1, out=products)
-            torch.min(products, 1, out=(scores[part], assignments[part]))
-        return assignments, (self.squares + 2 * scores).clamp_(min=0)
+        super().__init__(points, points.square().sum(1))
+        self.k, self.spherical = k, spherical
 
     def means(self, assignments: Tensor, clusters: int) -> Tensor:
         """NaN for a cluster without points."""
@@ -150,53 +175,53 @@ class _Engine:
 
     def centroids(self, assignments: Tensor) -> Tensor:
         means = self.means(assignments, self.k)
-        return unit_rows(means)[0] if self.spherical else means
-
-    def distances_to_own(self, centroids: Tensor, assignments: Tensor) -> Tensor:
-        """The squared distance of each point to the centroid it belongs to, [N]."""
-        distances = torch.empty_like(self.squares)
-        for part, rows in self.chunks(*self.points.shape):
-            torch.sub(self.points[part], centroids[assignments[part]], out=rows)
-            torch.sum(rows.square_(), 1, out=distances[part])
-        return distances
+        if not self.spherical:
+            return means
+        # What rounding leaves of opposite directions is none.
+        rounding = torch.finfo(means.dtype).eps
+        return torch.where(means.abs().amax(1, keepdim=True) <= rounding, 0, unit_rows(means)[0])
 
     def inertia(self, centroids: Tensor, assignments: Tensor) -> float:
-        return float(self.distances_to_own(centroids, assignments).sum(dtype=torch.float64))
+        return float(self.own(centroids, assignments).sum())
 
 
-def _seeds(engine: _Engine, rng: np.random.Generator) -> Tensor:
+def _seeds(engine: _Engine, rng: np.random.Generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The rows of k seeds, each drawn in proportion to its squared distance from those before it.
 
     A block of candidates is drawn by the distances of the last block. Distances only shrink, so
     accepting each candidate with the share that is left of its own draws exactly as one by one.
+    Also the nearest seed of each point, and its squared distance.
     """
-    points, k = engine.points, engine.k
-    chosen = [int(rng.integers(len(points)))]
-    closest = _distances_to(engine, chosen, None)
+    count, k = len(engine), engine.k
+    chosen = [int(rng.integers(count))]
+    nearest, closest = _nearest_of(engine, chosen)
     while len(chosen) < k:
         cumulative = closest.cpu().numpy().astype(np.float64).cumsum()
         if cumulative[-1] == 0:
-            rest = np.setdiff1d(np.arange(len(points)), chosen)
+            rest = np.setdiff1d(np.arange(count), chosen)
             chosen += rng.choice(rest, k - len(chosen), replace=False).tolist()
             break
-        draws = cumulative[-1] * rng.random(SEED_BLOCK)
-        candidates = np.searchsorted(cumulative, draws, side="right").clip(max=len(points) - 1)
+        least, most = SEED_BLOCK
+        draws = cumulative[-1] * rng.random(min(max(len(chosen), least), most))
+        candidates = np.searchsorted(cumulative, draws, side="right").clip(max=count - 1)
         accepted = _accepted(engine, closest, candidates, rng)[: k - len(chosen)]
+        which, new = _nearest_of(engine, accepted)
+        nearest = torch.where(new < closest, which + len(chosen), nearest)
+        closest = torch.minimum(closest, new)
         chosen += accepted
-        closest = _distances_to(engine, accepted, closest)
-    return torch.tensor(chosen, device=points.device)
+    return torch.tensor(chosen, device=engine.device), (nearest, closest)
 
 
 def _accepted(
     engine: _Engine, closest: Tensor, candidates: np.ndarray, rng: np.random.Generator
 ) -> list[int]:
-    index = torch.from_numpy(candidates).to(closest.device)
-    rows = engine.points[index]
-    stale = closest[index].cpu().numpy()
-    between = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
-    between = between.square_().cpu().numpy()
-    limits = stale * rng.random(len(candidates))
-    current, accepted = stale.copy(), []
+    index = torch.from_numpy(candidates).to(engine.device)
+    rows = engine.points[index].double()
+    squares = rows.square().sum(1)
+    between = (squares[:, None] + squares - 2 * rows @ rows.t()).clamp(min=0).cpu().numpy()
+    current = closest[index].double().cpu().numpy()
+    limits = current * rng.random(len(candidates))
+    accepted = []
     for j, candidate in enumerate(candidates.tolist()):
         if limits[j] < current[j]:
             accepted.append(candidate)
@@ -204,13 +229,15 @@ def _accepted(
     return accepted
 
 
-def _distances_to(engine: _Engine, chosen: list[int], closest: Tensor | None) -> Tensor:
-    """The squared distance of each point to the nearest of the chosen ones, or `closest`."""
-    index = torch.tensor(chosen, device=engine.points.device)
-    distances = engine.nearest(engine.points[index])[1]
-    distances[distances <= engine.negligible] = 0
-    distances[index] = 0
-    return distances if closest is None else torch.minimum(closest, distances)
+def _nearest_of(engine: _Engine, chosen: list[int]) -> tuple[Tensor, Tensor]:
+    """Which of the chosen points is nearest to each point, and its squared distance."""
+    index = torch.tensor(chosen, device=engine.device)
+    nearest, closest = engine.nearest(engine.points[index])
+    # What rounding may leave of a distance of 0.
+    closest[closest <= 8 * torch.finfo(closest.dtype).eps * engine.squares] = 0
+    closest[index] = 0
+    nearest[index] = torch.arange(len(chosen), device=engine.device)
+    return nearest, closest
 
 
 def _fill_empty_clusters(assignments: Tensor, distances: Tensor, k: int) -> None:
@@ -231,7 +258,7 @@ def _fill_empty_clusters(assignments: Tensor, distances: Tensor, k: int) -> None
 
 
 @contextlib.contextmanager
-def _bar(total: int, shown: bool):
+def _bar(total: int, shown: bool) -> Iterator[Callable[[float], None]]:
     """A function that counts an iteration and shows its inertia."""
     if not shown:
         yield lambda inertia: None

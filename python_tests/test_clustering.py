@@ -8,7 +8,7 @@ import torch
 from sklearn.cluster import KMeans
 
 import facelt_ext
-from facelt_ext import clustering
+from facelt_ext import _distances, clustering
 from facelt_ext.clustering import kmeans
 
 
@@ -77,7 +77,7 @@ def test_an_exchange_gains_what_it_says(spherical):
     generator = torch.Generator().manual_seed(0)
     assignments = engine.nearest(x[torch.randperm(400, generator=generator)[:25]])[0]
     before = engine.inertia(engine.centroids(assignments), assignments)
-    distances = engine.distances_to_own(engine.centroids(assignments), assignments)
+    distances = engine.own(engine.centroids(assignments), assignments)
     gain = clustering.exchange(engine, assignments, distances)
     after = engine.inertia(engine.centroids(assignments), assignments)
     assert torch.bincount(assignments, minlength=25).min() > 0
@@ -104,19 +104,22 @@ def test_the_seed_decides_and_nothing_else():
     assert not torch.equal(kmeans(x, 20, seed=6).assignments, first.assignments)
 
 
-def test_seeds_are_drawn_by_the_squared_distance():
-    """The second of two seeds, against the probabilities of k-means++ themselves."""
+@pytest.mark.parametrize("block", [1, 6])
+def test_seeds_are_drawn_by_the_squared_distance(monkeypatch, block):
+    """Three seeds, against the probabilities of k-means++ themselves, also within a block."""
+    monkeypatch.setattr(clustering, "SEED_BLOCK", (block, block))
     x = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
-    engine = clustering._Engine(x, 2, False)
-    counts = np.zeros((4, 4))
-    for seed in range(4000):
-        first, second = clustering._seeds(engine, np.random.default_rng(seed)).tolist()
-        counts[first, second] += 1
-    squares = (x - x.t()).square().numpy()
-    expected = squares / squares.sum(1, keepdims=True)
-    shares = counts / counts.sum(1, keepdims=True)
-    assert np.abs(counts.sum(1) / 4000 - 0.25).max() < 0.03
-    assert np.abs(shares - expected).max() < 0.05
+    squares = (x - x.t()).square().double().numpy()
+    engine, rng, draws = clustering._Engine(x, 3, False), np.random.default_rng(0), 3000
+    counts = np.zeros((4, 4, 4))
+    for _ in range(draws):
+        counts[tuple(clustering._seeds(engine, rng)[0].tolist())] += 1
+    for first, second, third in np.ndindex(4, 4, 4):
+        closest = np.minimum(squares[first], squares[second])
+        odds = squares[first, second] / squares[first].sum() / 4
+        odds *= closest[third] / closest.sum()
+        spread = np.sqrt(draws * odds * (1 - odds))
+        assert abs(counts[first, second, third] - draws * odds) <= 4.5 * spread
 
 
 def test_later_seeds_of_a_block_know_the_earlier_ones():
@@ -124,8 +127,9 @@ def test_later_seeds_of_a_block_know_the_earlier_ones():
     x = torch.arange(60.0).repeat_interleave(20)[:, None] * 100
     engine = clustering._Engine(x, 60, False)
     for seed in range(20):
-        chosen = clustering._seeds(engine, np.random.default_rng(seed))
+        chosen, (nearest, closest) = clustering._seeds(engine, np.random.default_rng(seed))
         assert len(x[chosen].unique()) == 60
+        assert torch.equal(x[chosen][nearest], x) and (closest == 0).all()
 
 
 @pytest.mark.parametrize("spherical", [False, True])
@@ -167,10 +171,53 @@ def test_zeros_stay_zeros_on_the_sphere():
     assert found.inertia == pytest.approx(0, abs=1e-6)
 
 
+def test_directions_that_cancel_have_no_mean():
+    x = torch.tensor([[3.0, 0.1], [-3.0, -0.1]]).repeat(5, 1)
+    assert (kmeans(x, 1, spherical=True).centroids == 0).all()
+
+
+@pytest.mark.parametrize("factor", [2.0**-80, 2.0**70])
+def test_squares_out_of_range(factor):
+    x = mixture(11, 300, 8, 10, 0.1)
+    found, expected = kmeans(x * factor, 10), kmeans(x, 10)
+    assert torch.equal(found.assignments, expected.assignments)
+    assert torch.equal(found.centroids, expected.centroids * factor)
+    assert found.inertia == pytest.approx(expected.inertia * factor**2)
+
+
+def test_an_empty_cluster_gets_the_farthest_point_that_can_be_spared():
+    assignments = torch.tensor([0, 0, 0, 3, 4, 4])
+    distances = torch.tensor([1.0, 5.0, 2.0, 9.0, 4.0, 3.0])
+    clustering._fill_empty_clusters(assignments, distances, 5)
+    assert assignments.tolist() == [0, 1, 0, 3, 2, 4]
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_autocast_gradients_and_strides_change_nothing(balanced):
+    x = mixture(12, 400, 16, 10, 0.5)
+    before, expected = x.clone(), kmeans(x, 10, balanced=balanced)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = [kmeans(x.clone().requires_grad_(), 10, balanced=balanced)]
+    results.append(kmeans(x.t().contiguous().t(), 10, balanced=balanced))
+    assert torch.equal(x, before)
+    for found in results:
+        assert torch.equal(found.assignments, expected.assignments)
+        assert torch.equal(found.centroids, expected.centroids)
+        assert not found.centroids.requires_grad
+
+
+def test_no_chunk_is_larger_than_its_budget():
+    points = torch.empty(100_000, 4)
+    for k in (1, 400, 7200, 100_000):
+        parts = list(_distances.Distances(points, points[:, 0]).parts(len(points), k))
+        assert sum(part.stop - part.start for part in parts) == len(points)
+        assert max(part.stop - part.start for part in parts) * k * 4 <= 32 << 20
+
+
 def test_chunks_change_nothing(monkeypatch):
     x = mixture(7, 300, 4, 9, 0.5).double()
     expected = kmeans(x, 20)
-    monkeypatch.setattr(clustering, "CHUNK_BYTES", {"cpu": 7 * 20 * 8})
+    monkeypatch.setattr(_distances, "CHUNK_BYTES", {"cpu": (1, 7 * 20 * 8)})
     found = kmeans(x, 20)
     assert torch.equal(found.assignments, expected.assignments)
     assert found.inertia == pytest.approx(expected.inertia)
