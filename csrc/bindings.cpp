@@ -48,6 +48,10 @@ namespace {
     FACELT_BIND(m, backend, dispersion_targets);              \
     FACELT_BIND(m, backend, dispersion_feature_gradient);     \
     FACELT_BIND(m, backend, dispersion_tail_gradient);        \
+    FACELT_BIND(m, backend, cluster_centroids);               \
+    FACELT_BIND(m, backend, cluster_hinges);                  \
+    FACELT_BIND(m, backend, cluster_centroid_gradient);       \
+    FACELT_BIND(m, backend, cluster_feature_gradient);        \
     FACELT_BIND(m, backend, group_labels_workspace);          \
     FACELT_BIND(m, backend, class_ranges_workspace);          \
     FACELT_BIND(m, backend, min_centroid_distance_workspace); \

@@ -253,6 +253,54 @@ class Backend(Protocol):
         grad_tail: Tensor,
         execution: int,
     ) -> None: ...
+    def cluster_centroids(
+        self,
+        features: Tensor,
+        cluster_index: Tensor,
+        normalize: bool,
+        centroids: Tensor,
+        inverse_norms: Tensor,
+        counts: Tensor,
+        execution: int,
+    ) -> None: ...
+    def cluster_hinges(
+        self,
+        features: Tensor,
+        cluster_index: Tensor,
+        cluster_class: Tensor,
+        centroids: Tensor,
+        counts: Tensor,
+        between_margin: float,
+        within_margin: float,
+        given: bool,
+        losses: Tensor,
+        gradient: Tensor,
+        execution: int,
+    ) -> None: ...
+    def cluster_centroid_gradient(
+        self,
+        features: Tensor,
+        factors: Tensor,
+        gradient: Tensor,
+        centroids: Tensor,
+        inverse_norms: Tensor,
+        counts: Tensor,
+        normalize: bool,
+        given: bool,
+        grad_shares: Tensor,
+        execution: int,
+    ) -> None: ...
+    def cluster_feature_gradient(
+        self,
+        factors: Tensor,
+        cluster_index: Tensor,
+        gradient: Tensor,
+        centroids: Tensor,
+        grad_shares: Tensor,
+        given: bool,
+        grad_features: Tensor,
+        execution: int,
+    ) -> None: ...
 
 class CudaBackend(Backend, Protocol):
     def require_driver(self) -> None: ...

@@ -22,6 +22,10 @@ struct RowKernels {
   void (*add_scaled_difference)(const A* x, const A* y, A factor, A* out, std::int64_t n);
   bool (*all_finite)(const A* x, std::int64_t n);
   A (*dot)(const A* x, const A* y, std::int64_t n);
+  // out[r] = x . rows[r] for `count` rows, one after another
+  void (*dots)(const A* x, const A* rows, std::int64_t count, A* out, std::int64_t n);
+  // out = the sum of weights[r] * rows[r]
+  void (*weighted_sum)(const A* rows, const A* weights, std::int64_t count, A* out, std::int64_t n);
   // out = factor * (raw - c * v), where v = inverse_norm * x and c = v . raw: the gradient through
   // x / |x|. out may be raw.
   void (*project)(const A* raw, const A* x, A inverse_norm, A factor, A* out, std::int64_t n);

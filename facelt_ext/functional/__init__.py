@@ -1,6 +1,7 @@
 """The losses and their parts as functions; see each one's docstring for the paper and equation."""
 
 from facelt_ext.functional.centroids import class_centroids, min_centroid_distance
+from facelt_ext.functional.cluster_margin import cluster_margin_loss
 from facelt_ext.functional.compactness import domain_frequency_indicator, inter_class_compactness
 from facelt_ext.functional.dispersion import dispersion_softmax_loss
 from facelt_ext.functional.margin_softmax import margin_softmax_loss
@@ -12,6 +13,7 @@ __all__ = [
     "SuperClassIndex",
     "class_centroids",
     "class_ranges",
+    "cluster_margin_loss",
     "dispersion_softmax_loss",
     "domain_frequency_indicator",
     "inter_class_compactness",

@@ -5,6 +5,7 @@ and are differentiable any number of times.
 """
 
 from facelt_ext.reference.centroids import class_centroids, min_centroid_distance
+from facelt_ext.reference.cluster_margin import cluster_margin_loss
 from facelt_ext.reference.compactness import (
     domain_frequency_indicator,
     inter_class_compactness,
@@ -19,6 +20,7 @@ from facelt_ext.reference.super_classes import super_class_mean
 __all__ = [
     "class_centroids",
     "class_ranges",
+    "cluster_margin_loss",
     "dispersion_softmax_loss",
     "domain_frequency_indicator",
     "group_labels",

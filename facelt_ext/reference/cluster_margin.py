@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from facelt_ext.reference.margin_softmax import unit_rows
+from facelt_ext.types import compute_dtype
+
+
+def cluster_margin_loss(
+    features: Tensor,
+    cluster_index: Tensor,
+    cluster_class: Tensor,
+    *,
+    between_margin: float,
+    within_margin: float,
+    sample_weight: Tensor | None = None,
+    normalize_centroids: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """See `facelt_ext.functional.cluster_margin_loss`."""
+    losses = sample_losses(
+        features, cluster_index, cluster_class, between_margin, within_margin, normalize_centroids
+    )
+    if sample_weight is not None:
+        losses = sample_weight.to(losses.dtype) * losses
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / max(len(losses), 1)
+
+
+def sample_losses(
+    features: Tensor,
+    cluster_index: Tensor,
+    cluster_class: Tensor,
+    between_margin: float,
+    within_margin: float,
+    normalize_centroids: bool,
+) -> Tensor:
+    """Both hinges of eq. 9 for each sample, unweighted, [B]."""
+    features = features.to(compute_dtype(features.dtype))
+    counts = torch.bincount(cluster_index, minlength=len(cluster_class))
+    sums = features.new_zeros(len(cluster_class), features.shape[1])
+    sums = sums.index_add(0, cluster_index, features)
+    centroids = sums / counts.clamp(min=1)[:, None]
+    if normalize_centroids:
+        centroids = unit_rows(centroids)[0]
+    similarity = features @ centroids.t()
+    own = similarity.gather(1, cluster_index[:, None])[:, 0]
+    same_class = cluster_class[cluster_index][:, None] == cluster_class
+    clusters = torch.arange(len(cluster_class), device=features.device)
+    others = (counts > 0) & (clusters != cluster_index[:, None])
+    losses = hinge(similarity, own, others & ~same_class, between_margin)
+    losses = losses + hinge(similarity, own, others & same_class, within_margin)
+    # With no hinge at all, a feature that is not finite would go unnoticed.
+    return losses + (own - own).detach()
+
+
+def hinge(similarity: Tensor, own: Tensor, chosen: Tensor, margin: float) -> Tensor:
+    """[margin - own + log sum exp of the chosen similarities]_+, 0 where none is chosen."""
+    any_chosen = chosen.any(1)
+    terms = torch.where(chosen, similarity, -torch.inf)
+    terms = torch.where(any_chosen[:, None], terms, 0)
+    exceeding = margin - own + torch.logsumexp(terms, dim=1)
+    return torch.where(any_chosen, torch.relu(exceeding), 0)
