@@ -67,6 +67,10 @@ def cluster_margin_loss(
     cluster_index = checked_integers(cluster_index, "cluster_index", features, "features")
     if not isinstance(cluster_class, Tensor):
         raise TypeError(f"cluster_class: expected a tensor, got {type(cluster_class).__name__}")
+    if cluster_class.ndim != 1:
+        raise ValueError(
+            f"cluster_class: expected shape [clusters], got {list(cluster_class.shape)}"
+        )
     cluster_class = checked_integers(cluster_class, "cluster_class", cluster_class, "cluster_class")
     if cluster_class.device != features.device:
         raise ValueError(
