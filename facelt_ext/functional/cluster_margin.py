@@ -142,7 +142,8 @@ class ClusterMarginFunction(torch.autograd.Function):
             def again(x: Tensor) -> Tensor:
                 return sample_losses(x, cluster_index, cluster_class, *ctx.margins)
 
-            grad = gradient_through_reference(again, features, grad_losses)
+            with autocast_off(features.device.type):
+                grad = gradient_through_reference(again, features, grad_losses)
         else:
             normalize = ctx.margins[2]
             grad = _backward(grad_losses, features, cluster_index, *state, normalize, ctx.backend)
