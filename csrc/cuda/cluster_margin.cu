@@ -154,7 +154,7 @@ __global__ void hinges_kernel(HingeTask<A> task) {
   }
   __syncthreads();
   for (std::int64_t m = threadIdx.x; m < b.clusters; m += kThreads) {
-    A value = valid ? A(0) : poison;
+    A value = 0;
     const Kind kind = valid ? kind_of(task, own, m) : Kind::kNone;
     if (kind == Kind::kOwn) value = poison - between.active - within.active;
     if (kind == Kind::kBetween && between.active != A(0)) {

@@ -77,6 +77,10 @@ def cluster_margin_loss(
             f"cluster_class: expected device {features.device}, where features is, got "
             f"{cluster_class.device}"
         )
+    if len(cluster_class) == 0 and len(features) > 0:
+        raise ValueError(
+            f"cluster_class: expected at least one cluster for {len(features)} samples, got none"
+        )
     dtype = compute_dtype(features.dtype)
     check_number(between_margin, "between_margin", dtype)
     check_number(within_margin, "within_margin", dtype)

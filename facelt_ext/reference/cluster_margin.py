@@ -37,23 +37,31 @@ def sample_losses(
     within_margin: float,
     normalize_centroids: bool,
 ) -> Tensor:
-    """Both hinges of eq. 9 for each sample, unweighted, [B]."""
+    """Both hinges of eq. 9 for each sample, unweighted, [B].
+
+    A sample whose cluster_index is out of range is NaN, and so is its gradient; it is in no cluster.
+    """
     features = features.to(compute_dtype(features.dtype))
-    counts = torch.bincount(cluster_index, minlength=len(cluster_class))
-    sums = features.new_zeros(len(cluster_class), features.shape[1])
-    sums = sums.index_add(0, cluster_index, features)
+    num_clusters = len(cluster_class)
+    valid = (cluster_index >= 0) & (cluster_index < num_clusters)
+    cluster_index = torch.where(valid, cluster_index, 0)
+    counts = features.new_zeros(num_clusters).index_add(0, cluster_index, valid.to(features.dtype))
+    sums = features.new_zeros(num_clusters, features.shape[1])
+    sums = sums.index_add(0, cluster_index, torch.where(valid[:, None], features, 0))
     centroids = sums / counts.clamp(min=1)[:, None]
     if normalize_centroids:
         centroids = unit_rows(centroids)[0]
     similarity = features @ centroids.t()
     own = similarity.gather(1, cluster_index[:, None])[:, 0]
     same_class = cluster_class[cluster_index][:, None] == cluster_class
-    clusters = torch.arange(len(cluster_class), device=features.device)
+    clusters = torch.arange(num_clusters, device=features.device)
     others = (counts > 0) & (clusters != cluster_index[:, None])
     losses = hinge(similarity, own, others & ~same_class, between_margin)
     losses = losses + hinge(similarity, own, others & same_class, within_margin)
     # With no hinge at all, a feature that is not finite would go unnoticed.
-    return losses + (own - own).detach()
+    losses = torch.where(valid, losses + (own - own).detach(), 0)
+    poison = torch.where(valid, 0.0, torch.nan).to(features.dtype)
+    return losses + (features * poison[:, None]).sum(1)
 
 
 def hinge(similarity: Tensor, own: Tensor, chosen: Tensor, margin: float) -> Tensor:
