@@ -39,7 +39,7 @@ def sample_losses(
 ) -> Tensor:
     """Both hinges of eq. 9 for each sample, unweighted, [B].
 
-    A sample whose cluster_index is out of range is NaN, and so is its gradient; it is in no cluster.
+    A sample whose cluster_index is out of range is in no cluster; it and its gradient are NaN.
     """
     features = features.to(compute_dtype(features.dtype))
     num_clusters = len(cluster_class)
