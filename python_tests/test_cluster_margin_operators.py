@@ -300,8 +300,8 @@ def test_the_inputs_are_never_written(place):
     before = [t.clone() for t in (case.features, case.cluster_index, case.cluster_class)]
     with place.run():
         x = case.features.requires_grad_()
-        losses = ClusterMarginFunction.apply(
-            x, case.cluster_index, case.cluster_class, 0.4, 0.1, True, place.backend
+        losses, _ = ClusterMarginFunction.apply(
+            x, case.cluster_index, case.cluster_class, None, 0.4, 0.1, True, "none", place.backend
         )
     losses.backward(case.upstream)
     after = (x.detach(), case.cluster_index, case.cluster_class)

@@ -6,6 +6,9 @@ namespace facelt::cpu {
 
 namespace {
 
+// Columns that a thread takes at a time, where all samples have a part in each.
+constexpr std::int64_t kColumns = 64;
+
 const std::int64_t* checked_clusters(const TensorView& view, std::int64_t batch,
                                      std::int64_t clusters) {
   const std::int64_t* index = index_pointer(view, "cluster_index", batch);
@@ -56,14 +59,10 @@ A hinge(A* terms, std::int64_t n, A own, A margin, A* own_gradient) {
     return A(0);
   }
   const A largest = kernels.maximum(terms, n);
-  A sum = 0;
-  for (std::int64_t j = 0; j < n; ++j) {
-    terms[j] = std::exp(terms[j] - largest);
-    sum += terms[j];
-  }
+  const A sum = kernels.sum_exp(terms, largest, n);
   const A exceeding = margin - own + largest + std::log(sum);
   const A active = exceeding > A(0) ? A(1) : exceeding == exceeding ? A(0) : exceeding;
-  for (std::int64_t j = 0; j < n; ++j) terms[j] *= active / sum;
+  kernels.exponentials(terms, nullptr, A(1), largest, active / sum, terms, n);
   *own_gradient -= active;
   return exceeding > A(0) || exceeding != exceeding ? exceeding : A(0);
 }
@@ -105,11 +104,20 @@ class SampleHinges {
   std::vector<A> same_class_;
 };
 
+template <class A>
+std::vector<A> scaled_rows(const A* rows, const A* factors, std::int64_t count, std::int64_t n) {
+  std::vector<A> scaled(count * n);
+  for (std::int64_t i = 0; i < count; ++i) {
+    for (std::int64_t j = 0; j < n; ++j) scaled[i * n + j] = factors[i] * rows[i * n + j];
+  }
+  return scaled;
+}
+
 }  // namespace
 
 void cluster_centroids(const TensorView& features, const TensorView& cluster_index, bool normalize,
                        const TensorView& centroids, const TensorView& inverse_norms,
-                       const TensorView& counts, Execution) {
+                       const TensorView& counts, Execution execution) {
   const std::int64_t batch = features.size(0), dimensions = features.size(1);
   const std::int64_t clusters = centroids.size(0);
   const std::int64_t* index = checked_clusters(cluster_index, batch, clusters);
@@ -121,9 +129,13 @@ void cluster_centroids(const TensorView& features, const TensorView& cluster_ind
     A* inverses = output<A>(inverse_norms, "inverse_norms", clusters);
     std::fill_n(means, clusters * dimensions, A(0));
     std::fill_n(sizes, clusters, std::int64_t{0});
-    for (std::int64_t i = 0; i < batch; ++i) {
-      row_kernels<A>().add(x + i * dimensions, means + index[i] * dimensions, dimensions);
-      ++sizes[index[i]];
+    for (std::int64_t i = 0; i < batch; ++i) ++sizes[index[i]];
+#pragma omp parallel for schedule(static) num_threads(threads(execution))
+    for (std::int64_t d = 0; d < dimensions; d += kColumns) {
+      const std::int64_t width = std::min(kColumns, dimensions - d);
+      for (std::int64_t i = 0; i < batch; ++i) {
+        row_kernels<A>().add(x + i * dimensions + d, means + index[i] * dimensions + d, width);
+      }
     }
     for (std::int64_t m = 0; m < clusters; ++m) {
       A* mean = means + m * dimensions;
@@ -184,29 +196,25 @@ void cluster_centroid_gradient(const TensorView& features, const TensorView& fac
     const A* means = input<A>(centroids, "centroids", clusters * dimensions);
     const A* inverses = input<A>(inverse_norms, "inverse_norms", clusters);
     A* shares = output<A>(grad_shares, "grad_shares", clusters * dimensions);
-    FirstException failure;
-#pragma omp parallel num_threads(threads(execution))
-    failure.run([&] {
-      std::vector<A> weights(batch);
-#pragma omp for schedule(dynamic) nowait
-      for (std::int64_t m = 0; m < clusters; ++m) {
-        A* share = shares + m * dimensions;
-        if (!given) {
-          for (std::int64_t i = 0; i < batch; ++i) {
-            weights[i] = upstream[i] * by_similarity[i * clusters + m];
-          }
-          row_kernels<A>().weighted_sum(x, weights.data(), batch, share, dimensions);
-        }
-        if (sizes[m] == 0) continue;
-        const A scale = inverses[m] / static_cast<A>(sizes[m]);
-        if (normalize) {
-          row_kernels<A>().project(share, means + m * dimensions, A(1), scale, share, dimensions);
-        } else {
-          row_kernels<A>().scale(share, scale, share, dimensions);
-        }
+    if (!given) {
+      const std::vector<A> weights = scaled_rows(by_similarity, upstream, batch, clusters);
+#pragma omp parallel for schedule(static) num_threads(threads(execution))
+      for (std::int64_t d = 0; d < dimensions; d += kColumns) {
+        row_kernels<A>().transposed_product(x + d, weights.data(), batch, clusters, shares + d,
+                                            std::min(kColumns, dimensions - d), dimensions);
       }
-    });
-    failure.rethrow();
+    }
+#pragma omp parallel for schedule(static) num_threads(threads(execution)) if (clusters > 64)
+    for (std::int64_t m = 0; m < clusters; ++m) {
+      if (sizes[m] == 0) continue;
+      A* share = shares + m * dimensions;
+      const A scale = inverses[m] / static_cast<A>(sizes[m]);
+      if (normalize) {
+        row_kernels<A>().project(share, means + m * dimensions, A(1), scale, share, dimensions);
+      } else {
+        row_kernels<A>().scale(share, scale, share, dimensions);
+      }
+    }
   });
 }
 
@@ -224,15 +232,19 @@ void cluster_feature_gradient(const TensorView& factors, const TensorView& clust
     const A* means = input<A>(centroids, "centroids", clusters * dimensions);
     const A* shares = input<A>(grad_shares, "grad_shares", clusters * dimensions);
     A* out = output<A>(grad_features, "grad_features", batch * dimensions);
+    std::vector<A> weights;
+    if (!given) weights = scaled_rows(by_similarity, upstream, batch, clusters);
 #pragma omp parallel for schedule(static) num_threads(threads(execution))
     for (std::int64_t i = 0; i < batch; ++i) {
       A* grad = out + i * dimensions;
-      if (!given) {
-        row_kernels<A>().weighted_sum(means, by_similarity + i * clusters, clusters, grad,
+      const A* share = shares + index[i] * dimensions;
+      if (given) {
+        row_kernels<A>().scale(grad, upstream[i], grad, dimensions);
+        row_kernels<A>().add(share, grad, dimensions);
+      } else {
+        row_kernels<A>().weighted_sum(share, means, weights.data() + i * clusters, clusters, grad,
                                       dimensions);
       }
-      row_kernels<A>().scale(grad, upstream[i], grad, dimensions);
-      row_kernels<A>().add(shares + index[i] * dimensions, grad, dimensions);
     }
   });
 }

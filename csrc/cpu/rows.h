@@ -24,8 +24,12 @@ struct RowKernels {
   A (*dot)(const A* x, const A* y, std::int64_t n);
   // out[r] = x . rows[r] for `count` rows, one after another
   void (*dots)(const A* x, const A* rows, std::int64_t count, A* out, std::int64_t n);
-  // out = the sum of weights[r] * rows[r]
-  void (*weighted_sum)(const A* rows, const A* weights, std::int64_t count, A* out, std::int64_t n);
+  // out = base + the sum of weights[r] * rows[r]
+  void (*weighted_sum)(const A* base, const A* rows, const A* weights, std::int64_t count, A* out,
+                       std::int64_t n);
+  // out[m] = the sum of weights[r][m] * rows[r], for `width` of n columns and `outputs` m
+  void (*transposed_product)(const A* rows, const A* weights, std::int64_t count,
+                             std::int64_t outputs, A* out, std::int64_t width, std::int64_t n);
   // out = factor * (raw - c * v), where v = inverse_norm * x and c = v . raw: the gradient through
   // x / |x|. out may be raw.
   void (*project)(const A* raw, const A* x, A inverse_norm, A factor, A* out, std::int64_t n);

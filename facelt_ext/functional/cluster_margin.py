@@ -63,6 +63,30 @@ def cluster_margin_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
     """
+    return cluster_margin_losses(
+        features,
+        cluster_index,
+        cluster_class,
+        between_margin=between_margin,
+        within_margin=within_margin,
+        sample_weight=sample_weight,
+        normalize_centroids=normalize_centroids,
+        reduction=reduction,
+    )[0]
+
+
+def cluster_margin_losses(
+    features: Tensor,
+    cluster_index: Tensor,
+    cluster_class: Tensor,
+    *,
+    between_margin: float,
+    within_margin: float,
+    sample_weight: Tensor | None,
+    normalize_centroids: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and of each sample the unweighted one, [B], without a gradient."""
     check_matrix(features, "features")
     cluster_index = checked_integers(cluster_index, "cluster_index", features, "features")
     if not isinstance(cluster_class, Tensor):
@@ -94,15 +118,28 @@ def cluster_margin_loss(
     with autocast_off(features.device.type):
         if backend == "reference":
             losses = sample_losses(features, cluster_index, cluster_class, *margins)
-        else:
-            losses = ClusterMarginFunction.apply(
-                features.to(dtype), cluster_index, cluster_class, *margins, backend
-            )
+            return _reduced(losses, sample_weight, reduction), losses.detach()
+        return ClusterMarginFunction.apply(
+            features.to(dtype), cluster_index, cluster_class, sample_weight, *margins, reduction,
+            backend,
+        )  # fmt: skip
+
+
+def _reduced(losses: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
     if sample_weight is not None:
-        losses = sample_weight.to(dtype) * losses
+        losses = sample_weight.to(losses.dtype) * losses
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / max(len(losses), 1)
+
+
+def _factors(grad_loss: Tensor, batch: int, sample_weight: Tensor | None, reduction: str) -> Tensor:
+    """The gradient by each sample's unweighted loss, [B]."""
+    if reduction == "mean":
+        grad_loss = grad_loss / max(batch, 1)
+    if sample_weight is not None:
+        return grad_loss * sample_weight.to(grad_loss.dtype)
+    return grad_loss.expand(batch)
 
 
 def _check_sample_weight(sample_weight: Tensor, features: Tensor) -> None:
@@ -122,36 +159,39 @@ def _check_sample_weight(sample_weight: Tensor, features: Tensor) -> None:
 
 
 class ClusterMarginFunction(torch.autograd.Function):
-    """The loss of each sample, [B], for features in the compute dtype."""
+    """The loss and each sample's unweighted one, for features in the compute dtype."""
 
     @staticmethod
     def forward(
-        ctx, features, cluster_index, cluster_class, between_margin, within_margin, normalize,
-        backend,
+        ctx, features, cluster_index, cluster_class, sample_weight, between_margin, within_margin,
+        normalize, reduction, backend,
     ):  # fmt: skip
         losses, *state = _forward(
             features, cluster_index, cluster_class, between_margin, within_margin, normalize,
             backend,
         )  # fmt: skip
-        ctx.save_for_backward(features, cluster_index, cluster_class, *state)
+        ctx.save_for_backward(features, cluster_index, cluster_class, sample_weight, *state)
         ctx.margins = between_margin, within_margin, normalize
-        ctx.backend = backend
-        return losses
+        ctx.reduction, ctx.backend = reduction, backend
+        ctx.mark_non_differentiable(losses)
+        loss = _reduced(losses, sample_weight, reduction)
+        return loss.clone() if loss is losses else loss, losses
 
     @staticmethod
-    def backward(ctx, grad_losses):
-        features, cluster_index, cluster_class, *state = ctx.saved_tensors
+    def backward(ctx, grad_loss, _):
+        features, cluster_index, cluster_class, sample_weight, *state = ctx.saved_tensors
+        factors = _factors(grad_loss, len(features), sample_weight, ctx.reduction)
         if torch.is_grad_enabled():
 
             def again(x: Tensor) -> Tensor:
                 return sample_losses(x, cluster_index, cluster_class, *ctx.margins)
 
             with autocast_off(features.device.type):
-                grad = gradient_through_reference(again, features, grad_losses)
+                grad = gradient_through_reference(again, features, factors)
         else:
             normalize = ctx.margins[2]
-            grad = _backward(grad_losses, features, cluster_index, *state, normalize, ctx.backend)
-        return grad, *[None] * 6
+            grad = _backward(factors, features, cluster_index, *state, normalize, ctx.backend)
+        return grad, *[None] * 8
 
 
 def _forward_fake(features, cluster_index, cluster_class, between, within, normalize, backend):
