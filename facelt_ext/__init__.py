@@ -9,13 +9,16 @@ from facelt_ext._native import build_info
 from facelt_ext.losses import (
     AggregatedSoftmaxLoss,
     ArcFaceLoss,
+    CLMLELoss,
     CosFaceLoss,
     DispersionLoss,
     DomainBalancingLoss,
     RangeLoss,
     ResidualBalancingModule,
     SphereFaceLoss,
+    between_margin_max,
     convert_state_dict,
+    within_margin_max,
 )
 
 __version__ = build_info()["version"]
@@ -23,16 +26,19 @@ __version__ = build_info()["version"]
 __all__ = [
     "AggregatedSoftmaxLoss",
     "ArcFaceLoss",
+    "CLMLELoss",
     "CosFaceLoss",
     "DispersionLoss",
     "DomainBalancingLoss",
     "RangeLoss",
     "ResidualBalancingModule",
     "SphereFaceLoss",
+    "between_margin_max",
     "build_info",
     "convert_state_dict",
     "debug_checks",
     "functional",
     "reference",
     "use_backend",
+    "within_margin_max",
 ]

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from facelt_ext._checks import check_count, check_matrix, check_number, checked_integers
+from facelt_ext.functional.cluster_margin import cluster_margin_losses
+from facelt_ext.types import compute_dtype
+
+
+def between_margin_max(num_classes: int) -> float:
+    """1 - cos(2 pi / C), the bound on CLMLE's between_margin for a data set of C classes.
+
+    Args:
+        num_classes: C, at least 1. With two classes the bound is 2, its largest.
+    """
+    check_count(num_classes, "num_classes")
+    return 1 - math.cos(min(2 * math.pi / num_classes, math.pi))
+
+
+def within_margin_max(class_samples: int, samples: int) -> float:
+    """1 - cos(min(2 pi L_c / L, pi)), the bound on CLMLE's within_margin.
+
+    Args:
+        class_samples: L_c, the samples of the class.
+        samples: L, those of the data set, at least L_c.
+    """
+    check_count(class_samples, "class_samples")
+    check_count(samples, "samples")
+    if class_samples > samples:
+        raise ValueError(
+            f"class_samples: expected at most samples = {samples}, got {class_samples}"
+        )
+    return 1 - math.cos(min(2 * math.pi * class_samples / samples, math.pi))
+
+
+class CLMLELoss(nn.Module):
+    """Cluster-based large margin local embedding (CLMLE, Huang et al., TPAMI 2020, eqs. 8-9).
+
+    Takes batches of M clusters, one after another, with `samples_per_cluster` samples of one class
+    each; the paper takes M = 12 clusters of 20 samples. Features are divided by their norms, then
+    it is `facelt_ext.functional.cluster_margin_loss`, weighted by class: a sample whose class has
+    n_c of the batch's B samples counts B / (C_b n_c), where C_b is the number of its classes.
+
+    Args:
+        between_margin: a1, to clusters of other classes; see `between_margin_max`.
+        within_margin: a2, to clusters of the same class; see `within_margin_max`.
+        samples_per_cluster: samples of each cluster in a batch.
+        cost_sensitive: whether classes count alike; otherwise samples do.
+        normalize_centroids: divides centroids by their norms.
+
+    Attributes:
+        sample_losses: [B], the unweighted losses of the last batch, without a gradient; None before
+            the first. All arguments may be changed between steps.
+    """
+
+    def __init__(
+        self,
+        between_margin: float,
+        within_margin: float,
+        *,
+        samples_per_cluster: int = 20,
+        cost_sensitive: bool = True,
+        normalize_centroids: bool = False,
+    ) -> None:
+        super().__init__()
+        check_number(between_margin, "between_margin", torch.float32)
+        check_number(within_margin, "within_margin", torch.float32)
+        check_count(samples_per_cluster, "samples_per_cluster")
+        self.between_margin = between_margin
+        self.within_margin = within_margin
+        self.samples_per_cluster = samples_per_cluster
+        self.cost_sensitive = cost_sensitive
+        self.normalize_centroids = normalize_centroids
+        self.sample_losses: Tensor | None = None
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """features [B, D] and integer labels [B] -> the loss, [].
+
+        A zero feature stays zero. The label of a cluster is that of its first sample.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; B is no
+                multiple of `samples_per_cluster`.
+        """
+        check_matrix(features, "features")
+        labels = checked_integers(labels, "labels", features, "features")
+        batch, size = len(labels), self.samples_per_cluster
+        if batch % size:
+            raise ValueError(
+                f"features: expected rows of whole clusters of {size} samples, got {batch} rows"
+            )
+        cluster_class = labels[::size]
+        wide = features.to(compute_dtype(features.dtype))
+        loss, self.sample_losses = cluster_margin_losses(
+            nn.functional.normalize(wide, eps=torch.finfo(wide.dtype).tiny),
+            torch.arange(batch, device=labels.device) // size,
+            cluster_class,
+            between_margin=self.between_margin,
+            within_margin=self.within_margin,
+            sample_weight=self._weights(cluster_class, wide.dtype) if self.cost_sensitive else None,
+            normalize_centroids=self.normalize_centroids,
+            reduction="mean",
+        )
+        return loss
+
+    def _weights(self, cluster_class: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of each sample. No sizes are read: on CUDA that would wait for the device."""
+        same = (cluster_class[:, None] == cluster_class).sum(1).to(dtype)
+        classes = same.reciprocal().sum()
+        return (len(same) / (classes * same)).repeat_interleave(self.samples_per_cluster)
+
+    def extra_repr(self) -> str:
+        return (
+            f"between_margin={self.between_margin}, within_margin={self.within_margin}, "
+            f"samples_per_cluster={self.samples_per_cluster}, "
+            f"cost_sensitive={self.cost_sensitive}, "
+            f"normalize_centroids={self.normalize_centroids}"
+        )
