@@ -10,20 +10,19 @@ feature of each class, the split into head and tail, k-means within each tail gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain, pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from facelt_ext._checks import (
     check_class_range,
     check_count,
     check_matrix,
-    checked_integers,
 )
+from facelt_ext._model_features import checked_features, device_of, evaluating, with_bar
 from facelt_ext._super_classes import SuperClasses, check_integers
 from facelt_ext.clustering import kmeans
 
@@ -86,13 +85,13 @@ def class_means(
             number of the batch; the loader yields nothing.
     """
     check_count(num_classes, "num_classes")
-    device = _device_of(model) if device is None else torch.device(device)
+    device = device_of(model) if device is None else torch.device(device)
     counts = torch.zeros(num_classes, dtype=torch.int64)
     sums = None
     # No inference mode: a model that keeps tensors from its forward could not be trained later.
-    with _evaluating(model), torch.no_grad():
-        for number, batch in enumerate(_with_bar(loader) if progress else loader):
-            features, labels = _features(model, batch, device, number)
+    with evaluating(model), torch.no_grad():
+        for number, batch in enumerate(with_bar(loader, "class means") if progress else loader):
+            features, labels = checked_features(model, batch, device, number)
             check_class_range(labels, f"labels of batch {number}", num_classes, None)
             if sums is None:
                 sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
@@ -195,60 +194,6 @@ def aggregate(
         torch.tensor(num_super_classes, dtype=torch.int64)
     )
     return SuperClasses(head, tail, super_class[tail], counts, groups)
-
-
-@contextmanager
-def _evaluating(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    try:
-        if modules:
-            model.eval()
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-
-
-def _device_of(model: Callable[[Tensor], Tensor]) -> torch.device:
-    tensors = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def _with_bar(loader: Iterable[Sequence[Tensor]]) -> Iterable[Sequence[Tensor]]:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            "progress: the bar needs tqdm; pip install 'facelt_ext[aggregation]', or progress=False"
-        ) from error
-    return tqdm(loader, desc="class means", unit="batch")
-
-
-def _features(
-    model: Callable[[Tensor], Tensor], batch: Sequence[Tensor], device: torch.device, number: int
-) -> tuple[Tensor, Tensor]:
-    """Features [B, D] and labels int64 [B] of a batch, checked, on the CPU."""
-    if not isinstance(batch, tuple | list) or len(batch) < 2:
-        length = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise TypeError(
-            f"batch {number}: expected a tuple or list that begins with inputs and labels, "
-            f"got {type(batch).__name__}{length}"
-        )
-    inputs, labels = batch[:2]
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"inputs of batch {number}: expected a tensor, got {type(inputs).__name__}")
-    features = model(inputs.to(device, non_blocking=True))
-    name = f"features of batch {number}"
-    check_matrix(features, name)
-    features = features.cpu()
-    labels = labels.cpu() if isinstance(labels, Tensor) else labels
-    labels = checked_integers(labels, f"labels of batch {number}", features, name)
-    finite = features.isfinite().all(dim=1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise ValueError(f"{name}: expected finite numbers, got others in row {row}")
-    return features, labels
 
 
 def _checked_counts(counts: Tensor, means: Tensor | None = None) -> Tensor:
