@@ -1,14 +1,17 @@
-"""Batches of P classes x K samples: the mini-batches that losses over classes need."""
+"""The batches that losses over classes and over clusters need."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import Sampler
+
+from facelt_ext._cluster_batches import ClusterBatchSampler
+from facelt_ext._sampling import checked_integer, distributed_defaults
+
+__all__ = ["ClusterBatchSampler", "PKSampler"]
 
 
 class PKSampler(Sampler[list[int]]):
@@ -73,18 +76,18 @@ class PKSampler(Sampler[list[int]]):
         seed: int = 0,
     ) -> None:
         labels = _label_array(labels)
-        default_replicas, default_rank = _distributed_defaults()
-        self.classes_per_batch = _integer("classes_per_batch", classes_per_batch, minimum=1)
-        self.samples_per_class = _integer("samples_per_class", samples_per_class, minimum=1)
-        self.num_replicas = _integer(
+        default_replicas, default_rank = distributed_defaults()
+        self.classes_per_batch = checked_integer("classes_per_batch", classes_per_batch, minimum=1)
+        self.samples_per_class = checked_integer("samples_per_class", samples_per_class, minimum=1)
+        self.num_replicas = checked_integer(
             "num_replicas", default_replicas if num_replicas is None else num_replicas, minimum=1
         )
-        self.rank = _integer("rank", default_rank if rank is None else rank, minimum=0)
+        self.rank = checked_integer("rank", default_rank if rank is None else rank, minimum=0)
         if self.rank >= self.num_replicas:
             raise ValueError(
                 f"rank must be in [0, num_replicas) = [0, {self.num_replicas}), got {self.rank}"
             )
-        self.seed = _integer("seed", seed, minimum=0)
+        self.seed = checked_integer("seed", seed, minimum=0)
         self.epoch = 0
 
         _, counts = np.unique(labels, return_counts=True)
@@ -99,7 +102,7 @@ class PKSampler(Sampler[list[int]]):
         if num_batches is None:
             samples_per_step = self._classes_per_step * self.samples_per_class
             num_batches = -(-len(labels) // samples_per_step)
-        self.num_batches = _integer("num_batches", num_batches, minimum=1)
+        self.num_batches = checked_integer("num_batches", num_batches, minimum=1)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose batches the next iteration draws.
@@ -111,7 +114,7 @@ class PKSampler(Sampler[list[int]]):
             TypeError: ``epoch`` is not an integer.
             ValueError: ``epoch`` is negative.
         """
-        self.epoch = _integer("epoch", epoch, minimum=0)
+        self.epoch = checked_integer("epoch", epoch, minimum=0)
 
     def __len__(self) -> int:
         """Batches that an iteration yields; the same on every rank."""
@@ -183,23 +186,3 @@ def _label_array(labels: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarra
     if array.ndim != 1:
         raise ValueError(f"labels must be one-dimensional, got shape {array.shape}")
     return array
-
-
-def _integer(name: str, value: int, *, minimum: int) -> int:
-    """``value`` as an int of at least ``minimum``."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {number}")
-    return number
-
-
-def _distributed_defaults() -> tuple[int, int]:
-    """World size and rank of this process; 1 and 0 without ``torch.distributed``."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size(), dist.get_rank()
-    return 1, 0
