@@ -1,4 +1,5 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "build_config.h"
 #include "cpu/large_memory.h"
@@ -13,6 +14,7 @@
 #endif
 
 namespace py = pybind11;
+using facelt::ClusterMarginOptions;
 using facelt::Execution;
 using facelt::MarginSoftmaxOptions;
 using facelt::RangeLossOptions;
@@ -48,10 +50,8 @@ namespace {
     FACELT_BIND(m, backend, dispersion_targets);              \
     FACELT_BIND(m, backend, dispersion_feature_gradient);     \
     FACELT_BIND(m, backend, dispersion_tail_gradient);        \
-    FACELT_BIND(m, backend, cluster_centroids);               \
-    FACELT_BIND(m, backend, cluster_hinges);                  \
-    FACELT_BIND(m, backend, cluster_centroid_gradient);       \
-    FACELT_BIND(m, backend, cluster_feature_gradient);        \
+    FACELT_BIND(m, backend, cluster_margin_forward);          \
+    FACELT_BIND(m, backend, cluster_margin_backward);         \
     FACELT_BIND(m, backend, group_labels_workspace);          \
     FACELT_BIND(m, backend, class_ranges_workspace);          \
     FACELT_BIND(m, backend, min_centroid_distance_workspace); \
@@ -131,6 +131,20 @@ struct type_caster<MarginSoftmaxOptions> {
         std::tuple<double, std::int64_t, bool, bool, std::int64_t, std::int64_t, std::int64_t>>(
         source);
     value = {scale, multiplier, features, weight, offset, classes, ignored};
+    return true;
+  }
+};
+
+// (between_margin, within_margin, normalize, reduction)
+template <>
+struct type_caster<ClusterMarginOptions> {
+  PYBIND11_TYPE_CASTER(ClusterMarginOptions, const_name("tuple[float, float, bool, int]"));
+
+  bool load(handle source, bool) {
+    const auto [between, within, normalize, reduction] =
+        py::cast<std::tuple<double, double, bool, int>>(source);
+    if (reduction < 0 || reduction > 2) return false;
+    value = {between, within, normalize, static_cast<facelt::Reduction>(reduction)};
     return true;
   }
 };

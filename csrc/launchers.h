@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
+#include "cluster_margin.h"
 #include "margin.h"
 #include "tensor_view.h"
 

@@ -127,12 +127,12 @@ void check_exponential(const SoftmaxKernels<A>& kernels, const char* isa) {
     expect(ulps(exponential_of(kernels, x, 19), std::exp((long double)x)) <= 2, isa, "exp", 19);
   }
   expect(exponential_of(kernels, A(0), 19) == 1, isa, "exp(0)", 19);
-  // Beyond its range it stays where the range ends: a normal number.
+  // Above its range it stays where the range ends, a normal number; below it is 0.
   const A least = exponential_of(kernels, kLeast<A>, 19);
   const A most = exponential_of(kernels, kMost<A>, 19);
   expect(least >= std::numeric_limits<A>::min() && std::isfinite(most), isa, "exp's ends", 19);
   for (const A x : {kLeast<A> * 2, A(-1e30), std::numeric_limits<A>::lowest(), A(-INFINITY)}) {
-    expect(exponential_of(kernels, x, 19) == least, isa, "exp below its range", 19);
+    expect(exponential_of(kernels, x, 19) == 0, isa, "exp below its range", 19);
   }
   for (const A x : {kMost<A> * 2, A(1e30), std::numeric_limits<A>::max(), A(INFINITY)}) {
     expect(exponential_of(kernels, x, 19) == most, isa, "exp above its range", 19);
@@ -215,6 +215,89 @@ void check_keep_above(const SoftmaxKernels<A>& kernels, const char* isa, std::in
   }
 }
 
+// Factors lie by rows and by columns; nothing beside `width` may be written.
+template <class A>
+void check_add_product(const RowKernels<A>& kernels, const char* isa, std::int64_t n) {
+  constexpr std::int64_t kCount = 5;
+  const std::int64_t stride = n + 1;
+  for (std::int64_t outputs : {1, 2, 4, 7, 16, 19}) {
+    const std::vector<A> factors = numbers<A>(outputs * kCount, 6);
+    const std::vector<A> rows = numbers<A>(kCount * stride, 7);
+    for (const bool by_rows : {true, false}) {
+      const std::int64_t along = by_rows ? kCount : 1, across = by_rows ? 1 : outputs;
+      std::vector<A> out = numbers<A>(outputs * stride, 8), wanted = out;
+      for (std::int64_t i = 0; i < outputs; ++i) {
+        for (std::int64_t r = 0; r < kCount; ++r) {
+          for (std::int64_t d = 0; d < n; ++d) {
+            wanted[i * stride + d] += factors[i * along + r * across] * rows[r * stride + d];
+          }
+        }
+      }
+      kernels.add_product({factors.data(), along, across, rows.data(), stride, out.data(), stride,
+                           outputs, kCount, n});
+      expect(out == wanted, isa, "add_product", n);
+    }
+  }
+}
+
+// Of one hinge, plainly: its loss, and its gradient by `own` and by the terms.
+template <class A>
+long double plain_hinge(const std::vector<A>& terms, A own, A margin, long double* by_own,
+                        std::vector<long double>* by_terms) {
+  long double sum = 0;
+  for (const A term : terms) sum += std::exp((long double)term);
+  const long double loss = margin - own + std::log(sum);
+  by_terms->assign(terms.size(), 0);
+  if (terms.empty() || loss <= 0) return 0;
+  *by_own -= 1;
+  for (std::size_t j = 0; j < terms.size(); ++j) {
+    (*by_terms)[j] = std::exp((long double)terms[j]) / sum;
+  }
+  return loss;
+}
+
+// Sample i is in cluster i % clusters; cluster 2 has no samples, and so cluster 0 has its.
+template <class A>
+void check_hinges(const SoftmaxKernels<A>& kernels, const char* isa, std::int64_t clusters) {
+  std::vector<A> classes(clusters), own(kHingeSamples), own_class(kHingeSamples);
+  for (std::int64_t m = 0; m < clusters; ++m) classes[m] = m == 2 ? A(-1) : A(m % 3);
+  for (int i = 0; i < kHingeSamples; ++i) {
+    own[i] = i % clusters == 2 ? A(0) : A(i % clusters);
+    own_class[i] = classes[static_cast<int>(own[i])];
+  }
+  std::vector<A> terms = numbers<A>(clusters * kHingeSamples, 9);
+  for (A& term : terms) term /= 8;
+  const std::vector<A> similarities = terms, factors = numbers<A>(kHingeSamples, 11);
+  std::vector<A> losses(kHingeSamples);
+  kernels.hinges({classes.data(), clusters, A(0.5), A(-0.25), own.data(), own_class.data(),
+                  factors.data(), terms.data(), losses.data()});
+  for (int i = 0; i < kHingeSamples; ++i) {
+    std::vector<A> between, within;
+    std::vector<long double> by_between, by_within;
+    const auto similarity = [&](std::int64_t m) { return similarities[m * kHingeSamples + i]; };
+    for (std::int64_t m = 0; m < clusters; ++m) {
+      if (classes[m] < 0 || A(m) == own[i]) continue;
+      (classes[m] == own_class[i] ? within : between).push_back(similarity(m));
+    }
+    const A self = similarity(static_cast<std::int64_t>(own[i]));
+    long double by_own = 0;
+    const long double loss = plain_hinge(between, self, A(0.5), &by_own, &by_between) +
+                             plain_hinge(within, self, A(-0.25), &by_own, &by_within);
+    expect(std::abs(losses[i] - loss) < 1e-5, isa, "hinges' losses", clusters);
+    std::size_t b = 0, w = 0;
+    for (std::int64_t m = 0; m < clusters; ++m) {
+      long double wanted = 0;
+      if (A(m) == own[i]) {
+        wanted = by_own;
+      } else if (classes[m] >= 0) {
+        wanted = classes[m] == own_class[i] ? by_within[w++] : by_between[b++];
+      }
+      const long double got = terms[m * kHingeSamples + i];
+      expect(std::abs(got - factors[i] * wanted) < 1e-5, isa, "hinges' gradient", clusters);
+    }
+  }
+}
+
 template <class T>
 void check_conversions(const ConversionKernels<T>& kernels, const char* isa, std::int64_t n) {
   const std::vector<float> x = numbers<float>(n, 3);
@@ -238,6 +321,10 @@ void check(const char* isa) {
     check_softmax_rows(SoftmaxRows<double>::kTable, isa, n);
     check_keep_above(SoftmaxRows<float>::kTable, isa, n);
     check_keep_above(SoftmaxRows<double>::kTable, isa, n);
+    check_add_product(Rows<float>::kTable, isa, n);
+    check_add_product(Rows<double>::kTable, isa, n);
+    check_hinges(SoftmaxRows<float>::kTable, isa, n);
+    check_hinges(SoftmaxRows<double>::kTable, isa, n);
     check_conversions(Conversions<BFloat16>::kTable, isa, n);
     check_conversions(Conversions<Float16>::kTable, isa, n);
   }

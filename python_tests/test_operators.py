@@ -65,11 +65,12 @@ def cluster_margin_samples(x: torch.Tensor, backend: str):
     x = x.to(compute_dtype(x.dtype))
     cluster_index = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3, 3, 0, 1, 1], device=x.device)
     cluster_class = torch.tensor([7, 7, -2, 5, 5], device=x.device)
-    args = (x, cluster_index, cluster_class, 0.9, 0.3, True, backend)
-    yield OPS.cluster_margin_forward, args
-    _, *state = OPS.cluster_margin_forward(*args)
-    args = (torch.full_like(x[:, 0], 0.7), x, cluster_index, *state, True, backend)
-    yield OPS.cluster_margin_backward, args
+    for weight, reduction in [(x[:, 0].exp(), "mean"), (None, "none")]:
+        options = (0.9, 0.3, True, reduction, backend)
+        args = (x, cluster_index, cluster_class, weight, *options)
+        yield OPS.cluster_margin_forward, args
+        loss, _, *state = OPS.cluster_margin_forward(*args)
+        yield OPS.cluster_margin_backward, (loss, x, cluster_index, *state, *options)
 
 
 def super_class_samples(x: torch.Tensor, labels: torch.Tensor, backend: str):

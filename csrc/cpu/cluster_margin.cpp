@@ -1,13 +1,27 @@
+#include "../cluster_margin.h"
+
 #include <numeric>
 
+#include "centroids.h"
 #include "norms.h"
 
 namespace facelt::cpu {
 
 namespace {
 
-// Columns that a thread takes at a time, where all samples have a part in each.
-constexpr std::int64_t kColumns = 64;
+// Rows that a product adds to are filled up to whole vectors, those of the widest instruction set.
+template <class A>
+constexpr std::int64_t padded(std::int64_t n) {
+  constexpr std::int64_t kLanes = 64 / sizeof(A);
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
+
+// Columns for each thread, where all samples have a part in each.
+std::int64_t columns_of_thread(std::int64_t dimensions, int threads) {
+  constexpr std::int64_t kLeast = 64;
+  const std::int64_t share = (dimensions + threads - 1) / threads;
+  return (share + kLeast - 1) / kLeast * kLeast;
+}
 
 const std::int64_t* checked_clusters(const TensorView& view, std::int64_t batch,
                                      std::int64_t clusters) {
@@ -21,230 +35,324 @@ const std::int64_t* checked_clusters(const TensorView& view, std::int64_t batch,
   return index;
 }
 
-// Clusters by class, and which have samples.
-struct ClusterOrder {
-  std::vector<std::int64_t> order;         // by class, then by number
-  std::vector<std::int64_t> begins, ends;  // of each cluster's class in `order`
-  std::vector<std::int64_t> empty;
-
-  ClusterOrder(const std::int64_t* classes, const std::int64_t* counts, std::int64_t clusters)
-      : order(clusters), begins(clusters), ends(clusters) {
-    std::iota(order.begin(), order.end(), std::int64_t{0});
-    std::stable_sort(order.begin(), order.end(),
-                     [&](std::int64_t a, std::int64_t b) { return classes[a] < classes[b]; });
-    for (std::int64_t begin = 0, end; begin < clusters; begin = end) {
-      end = begin;
-      while (end < clusters && classes[order[end]] == classes[order[begin]]) ++end;
-      for (std::int64_t p = begin; p < end; ++p) {
-        begins[order[p]] = begin;
-        ends[order[p]] = end;
-      }
-    }
-    for (std::int64_t m = 0; m < clusters; ++m) {
-      if (counts[m] == 0) empty.push_back(m);
-    }
-  }
-};
-
-// [margin - own + log sum exp]_+ over terms of which -infinity takes no part; the terms become its
-// gradient.
+// The clusters' classes, numbered anew; -1 where a cluster has no samples.
 template <class A>
-A hinge(A* terms, std::int64_t n, A own, A margin, A* own_gradient) {
-  constexpr A kNothing = -std::numeric_limits<A>::infinity();
-  const SoftmaxKernels<A>& kernels = softmax_kernels<A>();
-  bool any = false;
-  for (std::int64_t j = 0; j < n && !any; ++j) any = terms[j] != kNothing;
-  if (!any) {
-    std::fill_n(terms, n, A(0));
-    return A(0);
+std::vector<A> numbered_classes(const std::int64_t* classes, const std::int64_t* counts,
+                                std::int64_t clusters) {
+  std::vector<std::int64_t> sorted(classes, classes + clusters);
+  std::sort(sorted.begin(), sorted.end());
+  std::vector<A> numbers(clusters, A(-1));
+  for (std::int64_t m = 0; m < clusters; ++m) {
+    const auto place = std::lower_bound(sorted.begin(), sorted.end(), classes[m]);
+    if (counts[m] > 0) numbers[m] = static_cast<A>(place - sorted.begin());
   }
-  const A largest = kernels.maximum(terms, n);
-  const A sum = kernels.sum_exp(terms, largest, n);
-  const A exceeding = margin - own + largest + std::log(sum);
-  const A active = exceeding > A(0) ? A(1) : exceeding == exceeding ? A(0) : exceeding;
-  kernels.exponentials(terms, nullptr, A(1), largest, active / sum, terms, n);
-  *own_gradient -= active;
-  return exceeding > A(0) || exceeding != exceeding ? exceeding : A(0);
+  return numbers;
 }
 
-// One sample's row of similarities, which becomes the gradient by them.
+// The samples of a block side by side, as HingeBlock wants them.
 template <class A>
-class SampleHinges {
+class BlockHinges {
  public:
-  SampleHinges(const ClusterOrder& clusters, std::int64_t count, A between, A within)
-      : clusters_(clusters), count_(count), between_(between), within_(within) {}
+  static constexpr std::int64_t kSamples = kHingeSamples;
 
-  A run(A* similarity, std::int64_t own_cluster) {
-    constexpr A kNothing = -std::numeric_limits<A>::infinity();
-    const A own = similarity[own_cluster];
-    const std::int64_t begin = clusters_.begins[own_cluster], end = clusters_.ends[own_cluster];
-    for (std::int64_t m : clusters_.empty) similarity[m] = kNothing;
-    same_class_.clear();
-    for (std::int64_t p = begin; p < end; ++p) {
-      const std::int64_t m = clusters_.order[p];
-      same_class_.push_back(m == own_cluster ? kNothing : similarity[m]);
-      similarity[m] = kNothing;
+  BlockHinges(const std::vector<A>& classes, const ClusterMarginOptions& options, A share)
+      : classes_(classes), share_(share), clusters_(classes.size()), terms_(clusters_ * kSamples) {
+    block_ = {classes_.data(),
+              clusters_,
+              static_cast<A>(options.between_margin),
+              static_cast<A>(options.within_margin),
+              own_cluster_,
+              own_class_,
+              factors_,
+              terms_.data(),
+              losses_};
+  }
+
+  // Of `count` samples from the first of which all pointers are: rows of `width` similarities, and
+  // rows of gradients, which may be the same.
+  void run(std::int64_t count, const std::int64_t* own, const A* weights, const A* similarities,
+           std::int64_t width, A* gradients, A* losses) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      own_cluster_[i] = static_cast<A>(own[i]);
+      own_class_[i] = classes_[own[i]];
+      factors_[i] = weights ? share_ * weights[i] : share_;
+      for (std::int64_t m = 0; m < clusters_; ++m) {
+        terms_[m * kSamples + i] = similarities[i * width + m];
+      }
     }
-    // NaN for a feature that is not finite, also where it meets no other cluster.
-    const A poison = own - own;
-    A own_gradient = poison;
-    const A loss = poison + hinge(similarity, count_, own, between_, &own_gradient) +
-                   hinge(same_class_.data(), end - begin, own, within_, &own_gradient);
-    for (std::int64_t p = begin; p < end; ++p) {
-      similarity[clusters_.order[p]] = same_class_[p - begin];
+    softmax_kernels<A>().hinges(block_);
+    for (std::int64_t i = 0; i < count; ++i) {
+      losses[i] = losses_[i];
+      for (std::int64_t m = 0; m < clusters_; ++m) {
+        gradients[i * clusters_ + m] = terms_[m * kSamples + i];
+      }
     }
-    similarity[own_cluster] = own_gradient;
-    return loss;
   }
 
  private:
-  const ClusterOrder& clusters_;
-  std::int64_t count_;
-  A between_, within_;
-  std::vector<A> same_class_;
+  const std::vector<A>& classes_;
+  A share_;
+  std::int64_t clusters_;
+  std::vector<A> terms_;
+  // Zeros in the places of samples that a last block has not.
+  A own_cluster_[kSamples] = {}, own_class_[kSamples] = {}, factors_[kSamples] = {};
+  A losses_[kSamples];
+  HingeBlock<A> block_;
 };
 
 template <class A>
-std::vector<A> scaled_rows(const A* rows, const A* factors, std::int64_t count, std::int64_t n) {
-  std::vector<A> scaled(count * n);
-  for (std::int64_t i = 0; i < count; ++i) {
-    for (std::int64_t j = 0; j < n; ++j) scaled[i * n + j] = factors[i] * rows[i * n + j];
+struct Batch {
+  const A* features;
+  const std::int64_t* cluster_index;
+  std::int64_t batch, clusters, dimensions;
+  ClusterMarginOptions options;
+  ClusterMarginState<A> state;
+  int threads;
+};
+
+// Its member functions share their work among the threads of the region they are called in.
+template <class A>
+class Forward {
+ public:
+  Forward(const Batch<A>& batch, const std::int64_t* cluster_class, const A* weights, A* losses,
+          Part part)
+      : b_(batch), weights_(weights), losses_(losses), given_(part == Part::kAfterProducts) {
+    if (!given_) sort_samples();
+    if (part == Part::kBeforeProducts) return;
+    classes_ = numbered_classes<A>(cluster_class, b_.state.counts, b_.clusters);
+    if (given_) return;
+    width_ = padded<A>(b_.clusters);
+    columns_.resize(b_.dimensions * width_);
   }
-  return scaled;
+
+  void centroids() {
+    const std::int64_t dimensions = b_.dimensions;
+#pragma omp for schedule(static)
+    for (std::int64_t m = 0; m < b_.clusters; ++m) {
+      A* const mean = b_.state.centroids + m * dimensions;
+      write_centroid(b_.features, dimensions, order_.data(), offsets_[m], offsets_[m + 1], mean);
+      b_.state.inverse_norms[m] = b_.options.normalize ? inverse_norm(mean, dimensions) : A(1);
+      if (!b_.options.normalize) continue;
+      row_kernels<A>().scale(mean, b_.state.inverse_norms[m], mean, dimensions);
+    }
+    if (columns_.empty()) return;
+#pragma omp for schedule(static)
+    for (std::int64_t d = 0; d < dimensions; ++d) {
+      for (std::int64_t m = 0; m < b_.clusters; ++m) {
+        columns_[d * width_ + m] = b_.state.centroids[m * dimensions + d];
+      }
+    }
+  }
+
+  void hinges() {
+    constexpr std::int64_t kSamples = BlockHinges<A>::kSamples;
+    BlockHinges<A> hinges(classes_, b_.options, share_of_sample<A>(b_.options, b_.batch));
+    std::vector<A> rows(kSamples * width_);
+#pragma omp for schedule(static) nowait
+    for (std::int64_t first = 0; first < b_.batch; first += kSamples) {
+      const std::int64_t count = std::min(kSamples, b_.batch - first);
+      A* const gradients = b_.state.gradient + first * b_.clusters;
+      if (!given_) multiply(first, count, rows.data());
+      hinges.run(count, b_.cluster_index + first, weights_ ? weights_ + first : nullptr,
+                 given_ ? gradients : rows.data(), given_ ? b_.clusters : width_, gradients,
+                 losses_ + first);
+    }
+  }
+
+ private:
+  void sort_samples() {
+    offsets_.resize(b_.clusters + 1);
+    order_.resize(b_.batch);
+    for (std::int64_t i = 0; i < b_.batch; ++i) ++offsets_[b_.cluster_index[i] + 1];
+    std::copy(offsets_.begin() + 1, offsets_.end(), b_.state.counts);
+    b_.state.counts[b_.clusters] = 0;
+    std::partial_sum(offsets_.begin(), offsets_.end(), offsets_.begin());
+    std::vector<std::int64_t> next(offsets_.begin(), offsets_.end() - 1);
+    for (std::int64_t i = 0; i < b_.batch; ++i) order_[next[b_.cluster_index[i]]++] = i;
+  }
+
+  void multiply(std::int64_t first, std::int64_t count, A* rows) {
+    std::fill_n(rows, count * width_, A(0));
+    row_kernels<A>().add_product({b_.features + first * b_.dimensions, b_.dimensions, 1,
+                                  columns_.data(), width_, rows, width_, count, b_.dimensions,
+                                  width_});
+  }
+
+  const Batch<A> b_;
+  const A* weights_;
+  A* losses_;
+  bool given_;
+  std::vector<std::int64_t> order_, offsets_;  // the samples by cluster, and where each begins
+  std::vector<A> classes_;
+  // Where the products are made here, the centroids' side of them: [D, width], filled up with
+  // zeros.
+  std::int64_t width_ = 0;
+  std::vector<A> columns_;
+};
+
+// As of Forward.
+template <class A>
+class Backward {
+ public:
+  Backward(const Batch<A>& batch, const A* grad_loss, A* grad_centroids, A* grad_features,
+           Part part)
+      : b_(batch),
+        grad_centroids_(grad_centroids),
+        grad_features_(grad_features),
+        given_(part == Part::kAfterProducts) {
+    if (given_) return;
+    gradient_.resize(b_.batch * b_.clusters);
+    const bool reduced = b_.options.reduction != Reduction::kNone;
+    for (std::int64_t i = 0; i < b_.batch; ++i) {
+      row_kernels<A>().scale(b_.state.gradient + i * b_.clusters, grad_loss[reduced ? 0 : i],
+                             gradient_.data() + i * b_.clusters, b_.clusters);
+    }
+  }
+
+  void centroids() {
+    const std::int64_t columns = columns_of_thread(b_.dimensions, b_.threads);
+    const bool normalize = b_.options.normalize;
+#pragma omp for schedule(static)
+    for (std::int64_t d = 0; d < b_.dimensions; d += columns) {
+      const std::int64_t width = std::min(columns, b_.dimensions - d);
+      if (!given_) multiply(d, width);
+      for (std::int64_t m = 0; m < b_.clusters && !normalize; ++m) {
+        A* const grad = grad_centroids_ + m * b_.dimensions + d;
+        row_kernels<A>().scale(grad, share_of_sample(m), grad, width);
+      }
+    }
+    if (!normalize) return;
+#pragma omp for schedule(static)
+    for (std::int64_t m = 0; m < b_.clusters; ++m) {
+      A* const grad = grad_centroids_ + m * b_.dimensions;
+      row_kernels<A>().project(grad, b_.state.centroids + m * b_.dimensions, A(1),
+                               share_of_sample(m), grad, b_.dimensions);
+    }
+  }
+
+  void features() {
+    constexpr std::int64_t kSamples = 16;
+#pragma omp for schedule(static) nowait
+    for (std::int64_t first = 0; first < b_.batch; first += kSamples) {
+      const std::int64_t count = std::min(kSamples, b_.batch - first);
+      for (std::int64_t i = first; i < first + count; ++i) begin(i);
+      if (given_) continue;
+      row_kernels<A>().add_product({gradient_.data() + first * b_.clusters, b_.clusters, 1,
+                                    b_.state.centroids, b_.dimensions,
+                                    grad_features_ + first * b_.dimensions, b_.dimensions, count,
+                                    b_.clusters, b_.dimensions});
+    }
+  }
+
+ private:
+  void multiply(std::int64_t d, std::int64_t width) {
+    for (std::int64_t m = 0; m < b_.clusters; ++m) {
+      std::fill_n(grad_centroids_ + m * b_.dimensions + d, width, A(0));
+    }
+    row_kernels<A>().add_product({gradient_.data(), 1, b_.clusters, b_.features + d, b_.dimensions,
+                                  grad_centroids_ + d, b_.dimensions, b_.clusters, b_.batch,
+                                  width});
+  }
+
+  // What a sample of a cluster gets of the gradient by its centroid.
+  A share_of_sample(std::int64_t m) const {
+    const std::int64_t count = b_.state.counts[m];
+    return count > 0 ? b_.state.inverse_norms[m] / static_cast<A>(count) : A(0);
+  }
+
+  void begin(std::int64_t i) {
+    A* const grad = grad_features_ + i * b_.dimensions;
+    const A* const share = grad_centroids_ + b_.cluster_index[i] * b_.dimensions;
+    if (given_) {
+      row_kernels<A>().add(share, grad, b_.dimensions);
+    } else {
+      std::copy_n(share, b_.dimensions, grad);
+    }
+  }
+
+  const Batch<A> b_;
+  A* grad_centroids_;
+  A* grad_features_;
+  bool given_;
+  std::vector<A> gradient_;  // grad_loss times the state's
+};
+
+template <class A>
+Batch<A> batch_of(const TensorView& features, const TensorView& cluster_index,
+                  const ClusterMarginOptions& options, const TensorView& state,
+                  const TensorView& counts, Execution execution) {
+  const std::int64_t batch = features.size(0), dimensions = features.size(1);
+  const std::int64_t clusters = counts.size(0) - 1;
+  return {input<A>(features, "features", batch * dimensions),
+          checked_clusters(cluster_index, batch, clusters),
+          batch,
+          clusters,
+          dimensions,
+          options,
+          cluster_margin_state<A>(state, counts, batch, clusters, dimensions, kCpuDevice),
+          threads(execution)};
+}
+
+template <class A>
+void reduce(const ClusterMarginOptions& options, const A* losses, const A* weights,
+            std::int64_t batch, A* loss) {
+  const auto weighted = [&](std::int64_t i) {
+    return weights ? weights[i] * losses[i] : losses[i];
+  };
+  if (options.reduction == Reduction::kNone) {
+    for (std::int64_t i = 0; i < batch; ++i) loss[i] = weighted(i);
+    return;
+  }
+  double sum = 0;
+  for (std::int64_t i = 0; i < batch; ++i) sum += weighted(i);
+  const bool mean = options.reduction == Reduction::kMean && batch > 0;
+  *loss = static_cast<A>(mean ? sum / static_cast<double>(batch) : sum);
 }
 
 }  // namespace
 
-void cluster_centroids(const TensorView& features, const TensorView& cluster_index, bool normalize,
-                       const TensorView& centroids, const TensorView& inverse_norms,
-                       const TensorView& counts, Execution execution) {
-  const std::int64_t batch = features.size(0), dimensions = features.size(1);
-  const std::int64_t clusters = centroids.size(0);
-  const std::int64_t* index = checked_clusters(cluster_index, batch, clusters);
-  std::int64_t* sizes = index_output(counts, "counts", clusters);
+void cluster_margin_forward(const TensorView& features, const TensorView& cluster_index,
+                            const TensorView& cluster_class,
+                            const std::optional<TensorView>& sample_weight,
+                            const ClusterMarginOptions& options, int part, const TensorView& loss,
+                            const TensorView& losses, const TensorView& state,
+                            const TensorView& counts, Execution execution) {
+  const Part step = checked_part(part);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using A = Compute<decltype(zero)>;
-    const A* x = input<A>(features, "features", batch * dimensions);
-    A* means = output<A>(centroids, "centroids", clusters * dimensions);
-    A* inverses = output<A>(inverse_norms, "inverse_norms", clusters);
-    std::fill_n(means, clusters * dimensions, A(0));
-    std::fill_n(sizes, clusters, std::int64_t{0});
-    for (std::int64_t i = 0; i < batch; ++i) ++sizes[index[i]];
-#pragma omp parallel for schedule(static) num_threads(threads(execution))
-    for (std::int64_t d = 0; d < dimensions; d += kColumns) {
-      const std::int64_t width = std::min(kColumns, dimensions - d);
-      for (std::int64_t i = 0; i < batch; ++i) {
-        row_kernels<A>().add(x + i * dimensions + d, means + index[i] * dimensions + d, width);
-      }
-    }
-    for (std::int64_t m = 0; m < clusters; ++m) {
-      A* mean = means + m * dimensions;
-      inverses[m] = 1;
-      if (sizes[m] > 1) row_kernels<A>().divide(mean, static_cast<A>(sizes[m]), dimensions);
-      if (!normalize) continue;
-      inverses[m] = inverse_norm(mean, dimensions);
-      row_kernels<A>().scale(mean, inverses[m], mean, dimensions);
-    }
-  });
-}
-
-void cluster_hinges(const TensorView& features, const TensorView& cluster_index,
-                    const TensorView& cluster_class, const TensorView& centroids,
-                    const TensorView& counts, double between_margin, double within_margin,
-                    bool given, const TensorView& losses, const TensorView& gradient,
-                    Execution execution) {
-  const std::int64_t batch = features.size(0), dimensions = features.size(1);
-  const std::int64_t clusters = centroids.size(0);
-  const std::int64_t* index = checked_clusters(cluster_index, batch, clusters);
-  const ClusterOrder order(index_pointer(cluster_class, "cluster_class", clusters),
-                           index_pointer(counts, "counts", clusters), clusters);
-  dispatch_floating(features.dtype, "features", [&](auto zero) {
-    using A = Compute<decltype(zero)>;
-    const A* x = input<A>(features, "features", batch * dimensions);
-    const A* means = input<A>(centroids, "centroids", clusters * dimensions);
-    A* out = output<A>(losses, "losses", batch);
-    A* by_similarity = output<A>(gradient, "gradient", batch * clusters);
+    const Batch<A> b = batch_of<A>(features, cluster_index, options, state, counts, execution);
+    const A* weights = sample_weight ? input<A>(*sample_weight, "sample_weight", b.batch) : nullptr;
+    A* of_samples = output<A>(losses, "losses", b.batch);
+    A* reduced = output<A>(loss, "loss", number_of_losses(options, b.batch));
     FirstException failure;
-#pragma omp parallel num_threads(threads(execution))
-    failure.run([&] {
-      SampleHinges<A> hinges(order, clusters, static_cast<A>(between_margin),
-                             static_cast<A>(within_margin));
-#pragma omp for schedule(static) nowait
-      for (std::int64_t i = 0; i < batch; ++i) {
-        A* row = by_similarity + i * clusters;
-        if (!given) row_kernels<A>().dots(x + i * dimensions, means, clusters, row, dimensions);
-        out[i] = hinges.run(row, index[i]);
-      }
-    });
+    Forward<A> forward(b, index_pointer(cluster_class, "cluster_class", b.clusters), weights,
+                       of_samples, step);
+#pragma omp parallel num_threads(b.threads)
+    {
+      if (step != Part::kAfterProducts) forward.centroids();
+      if (step != Part::kBeforeProducts) failure.run([&] { forward.hinges(); });
+    }
     failure.rethrow();
+    if (step != Part::kBeforeProducts) reduce(options, of_samples, weights, b.batch, reduced);
   });
 }
 
-void cluster_centroid_gradient(const TensorView& features, const TensorView& factors,
-                               const TensorView& gradient, const TensorView& centroids,
-                               const TensorView& inverse_norms, const TensorView& counts,
-                               bool normalize, bool given, const TensorView& grad_shares,
-                               Execution execution) {
-  const std::int64_t batch = features.size(0), dimensions = features.size(1);
-  const std::int64_t clusters = centroids.size(0);
-  const std::int64_t* sizes = index_pointer(counts, "counts", clusters);
+void cluster_margin_backward(const TensorView& grad_loss, const TensorView& features,
+                             const TensorView& cluster_index, const ClusterMarginOptions& options,
+                             int part, const TensorView& state, const TensorView& counts,
+                             const TensorView& grad_centroids, const TensorView& grad_features,
+                             Execution execution) {
+  const Part step = checked_part(part);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using A = Compute<decltype(zero)>;
-    const A* x = input<A>(features, "features", batch * dimensions);
-    const A* upstream = input<A>(factors, "factors", batch);
-    const A* by_similarity = input<A>(gradient, "gradient", batch * clusters);
-    const A* means = input<A>(centroids, "centroids", clusters * dimensions);
-    const A* inverses = input<A>(inverse_norms, "inverse_norms", clusters);
-    A* shares = output<A>(grad_shares, "grad_shares", clusters * dimensions);
-    if (!given) {
-      const std::vector<A> weights = scaled_rows(by_similarity, upstream, batch, clusters);
-#pragma omp parallel for schedule(static) num_threads(threads(execution))
-      for (std::int64_t d = 0; d < dimensions; d += kColumns) {
-        row_kernels<A>().transposed_product(x + d, weights.data(), batch, clusters, shares + d,
-                                            std::min(kColumns, dimensions - d), dimensions);
-      }
-    }
-#pragma omp parallel for schedule(static) num_threads(threads(execution)) if (clusters > 64)
-    for (std::int64_t m = 0; m < clusters; ++m) {
-      if (sizes[m] == 0) continue;
-      A* share = shares + m * dimensions;
-      const A scale = inverses[m] / static_cast<A>(sizes[m]);
-      if (normalize) {
-        row_kernels<A>().project(share, means + m * dimensions, A(1), scale, share, dimensions);
-      } else {
-        row_kernels<A>().scale(share, scale, share, dimensions);
-      }
-    }
-  });
-}
-
-void cluster_feature_gradient(const TensorView& factors, const TensorView& cluster_index,
-                              const TensorView& gradient, const TensorView& centroids,
-                              const TensorView& grad_shares, bool given,
-                              const TensorView& grad_features, Execution execution) {
-  const std::int64_t batch = factors.numel(), clusters = centroids.size(0);
-  const std::int64_t dimensions = centroids.size(1);
-  const std::int64_t* index = checked_clusters(cluster_index, batch, clusters);
-  dispatch_floating(centroids.dtype, "centroids", [&](auto zero) {
-    using A = Compute<decltype(zero)>;
-    const A* upstream = input<A>(factors, "factors", batch);
-    const A* by_similarity = input<A>(gradient, "gradient", batch * clusters);
-    const A* means = input<A>(centroids, "centroids", clusters * dimensions);
-    const A* shares = input<A>(grad_shares, "grad_shares", clusters * dimensions);
-    A* out = output<A>(grad_features, "grad_features", batch * dimensions);
-    std::vector<A> weights;
-    if (!given) weights = scaled_rows(by_similarity, upstream, batch, clusters);
-#pragma omp parallel for schedule(static) num_threads(threads(execution))
-    for (std::int64_t i = 0; i < batch; ++i) {
-      A* grad = out + i * dimensions;
-      const A* share = shares + index[i] * dimensions;
-      if (given) {
-        row_kernels<A>().scale(grad, upstream[i], grad, dimensions);
-        row_kernels<A>().add(share, grad, dimensions);
-      } else {
-        row_kernels<A>().weighted_sum(share, means, weights.data() + i * clusters, clusters, grad,
-                                      dimensions);
-      }
+    const Batch<A> b = batch_of<A>(features, cluster_index, options, state, counts, execution);
+    Backward<A> backward(b, input<A>(grad_loss, "grad_loss", number_of_losses(options, b.batch)),
+                         output<A>(grad_centroids, "grad_centroids", b.clusters * b.dimensions),
+                         output<A>(grad_features, "grad_features", b.batch * b.dimensions), step);
+#pragma omp parallel num_threads(b.threads)
+    {
+      backward.centroids();
+      backward.features();
     }
   });
 }

@@ -10,6 +10,19 @@ namespace facelt::cpu {
 
 constexpr int kTile = 4;
 
+// out[i][d] += the sum over r of factors[i, r] * rows[r][d], for matrices of few rows on one side,
+// where a library's product takes longer to begin than to end.
+template <class A>
+struct Product {
+  const A* factors;
+  std::int64_t output_stride, term_stride;  // of factors, along i and along r
+  const A* rows;
+  std::int64_t row_stride;
+  A* out;
+  std::int64_t out_stride;
+  std::int64_t outputs, count, width;  // numbers of i, r and d
+};
+
 template <class A>
 struct RowKernels {
   // out[4 * i + j] = |a[i] - b[j]|^2 for four rows against four
@@ -22,17 +35,24 @@ struct RowKernels {
   void (*add_scaled_difference)(const A* x, const A* y, A factor, A* out, std::int64_t n);
   bool (*all_finite)(const A* x, std::int64_t n);
   A (*dot)(const A* x, const A* y, std::int64_t n);
-  // out[r] = x . rows[r] for `count` rows, one after another
-  void (*dots)(const A* x, const A* rows, std::int64_t count, A* out, std::int64_t n);
-  // out = base + the sum of weights[r] * rows[r]
-  void (*weighted_sum)(const A* base, const A* rows, const A* weights, std::int64_t count, A* out,
-                       std::int64_t n);
-  // out[m] = the sum of weights[r][m] * rows[r], for `width` of n columns and `outputs` m
-  void (*transposed_product)(const A* rows, const A* weights, std::int64_t count,
-                             std::int64_t outputs, A* out, std::int64_t width, std::int64_t n);
+  void (*add_product)(const Product<A>& product);
   // out = factor * (raw - c * v), where v = inverse_norm * x and c = v . raw: the gradient through
   // x / |x|. out may be raw.
   void (*project)(const A* raw, const A* x, A inverse_norm, A factor, A* out, std::int64_t n);
+};
+
+// kHingeSamples samples of the cluster margin loss, side by side. Classes and clusters are numbers
+// that A holds exactly.
+constexpr int kHingeSamples = 16;
+
+template <class A>
+struct HingeBlock {
+  const A* classes;  // of each cluster; -1 where it has no samples
+  std::int64_t clusters;
+  A between_margin, within_margin;
+  const A *own_cluster, *own_class, *factors;  // of each sample
+  A* terms;   // [clusters, samples]: similarities, which become factor * the loss's gradient
+  A* losses;  // of each sample
 };
 
 // Logits are scale * products, times a scale of their column where there are any.
@@ -46,6 +66,7 @@ struct SoftmaxKernels {
                        A* out, std::int64_t n);
   // Appends to `kept` what is not <= threshold, in order; returns how many that were.
   std::int64_t (*keep_above)(const A* x, A threshold, A* kept, std::int64_t n);
+  void (*hinges)(const HingeBlock<A>& block);
 };
 
 template <class T>

@@ -1,3 +1,4 @@
+#include "last_block.cuh"
 #include "row_reductions.cuh"
 
 namespace facelt::FACELT_CUDA_NAMESPACE {
@@ -18,6 +19,8 @@ struct Batch {
   std::int64_t batch, clusters, dimensions;
   const A* features;
   const std::int64_t* cluster_index;
+  ClusterMarginState<A> state;
+  bool normalize;
 
   __device__ bool is_valid(std::int64_t m) const { return m >= 0 && m < clusters; }
 };
@@ -45,11 +48,12 @@ __device__ A block_largest(A* shared, A value) {
 
 // Block m takes cluster m: its threads take columns, and look through the batch for its samples.
 template <class A>
-__global__ void centroids_kernel(Batch<A> b, bool normalize, A* centroids, A* inverse_norms,
-                                 std::int64_t* counts) {
+__global__ void centroids_kernel(Batch<A> b) {
   FACELT_SHARED(A, inverse, 1);
   const std::int64_t m = blockIdx.x;
-  A* mean = centroids + m * b.dimensions;
+  if (m == 0 && threadIdx.x == 0) b.state.counts[b.clusters] = 0;
+  if (m >= b.clusters) return;
+  A* mean = b.state.centroids + m * b.dimensions;
   std::int64_t size = 0;
   for (std::int64_t i = 0; i < b.batch; ++i) size += b.cluster_index[i] == m;
   for (std::int64_t d = threadIdx.x; d < b.dimensions; d += kThreads) {
@@ -61,15 +65,15 @@ __global__ void centroids_kernel(Batch<A> b, bool normalize, A* centroids, A* in
   }
   __syncthreads();
   if (threadIdx.x < kWarp) {
-    const A own = normalize ? inverse_norm(mean, b.dimensions) : A(1);
+    const A own = b.normalize ? inverse_norm(mean, b.dimensions) : A(1);
     if (lane_of_warp() == 0) {
       *inverse = own;
-      inverse_norms[m] = own;
-      counts[m] = size;
+      b.state.inverse_norms[m] = own;
+      b.state.counts[m] = size;
     }
   }
   __syncthreads();
-  if (!normalize) return;
+  if (!b.normalize) return;
   for (std::int64_t d = threadIdx.x; d < b.dimensions; d += kThreads) mean[d] *= *inverse;
 }
 
@@ -77,12 +81,19 @@ template <class A>
 struct HingeTask {
   Batch<A> batch;
   const std::int64_t* cluster_class;
-  const A* centroids;
-  const std::int64_t* counts;
+  const A* weights;
   A between_margin, within_margin;
+  A share;
+  Reduction reduction;
   bool given;
   A* losses;
-  A* gradient;
+  A* loss;
+
+  // The losses may be another block's.
+  __device__ A weighted(std::int64_t i) const {
+    const A loss = static_cast<const volatile A*>(losses)[i];
+    return weights ? weights[i] * loss : loss;
+  }
 };
 
 enum class Kind { kOwn, kBetween, kWithin, kNone };
@@ -90,7 +101,7 @@ enum class Kind { kOwn, kBetween, kWithin, kNone };
 template <class A>
 __device__ Kind kind_of(const HingeTask<A>& task, std::int64_t own, std::int64_t m) {
   if (m == own) return Kind::kOwn;
-  if (task.counts[m] == 0) return Kind::kNone;
+  if (task.batch.state.counts[m] == 0) return Kind::kNone;
   return task.cluster_class[m] == task.cluster_class[own] ? Kind::kWithin : Kind::kBetween;
 }
 
@@ -124,19 +135,17 @@ __device__ Hinge<A> hinge(const HingeTask<A>& task, A* shared, const A* row, std
   return result;
 }
 
-// Block i takes sample i: its warps take clusters in turn, then all of it the hinges.
+// Sample i: the block's warps take clusters in turn, then all of it the hinges.
 template <class A>
-__global__ void hinges_kernel(HingeTask<A> task) {
-  FACELT_SHARED(A, shared, kWarps);
+__device__ void sample_hinges(const HingeTask<A>& task, A* shared, std::int64_t i) {
   const Batch<A>& b = task.batch;
-  const std::int64_t i = blockIdx.x;
   const std::int64_t own = b.cluster_index[i];
-  A* row = task.gradient + i * b.clusters;
+  A* row = b.state.gradient + i * b.clusters;
   if (!task.given) {
     for (std::int64_t m = threadIdx.x / kWarp; m < b.clusters; m += kWarps) {
       A sum = 0;
       for (std::int64_t d = lane_of_warp(); d < b.dimensions; d += kWarp) {
-        sum += b.features[i * b.dimensions + d] * task.centroids[m * b.dimensions + d];
+        sum += b.features[i * b.dimensions + d] * b.state.centroids[m * b.dimensions + d];
       }
       sum = warp_sum(sum);
       if (lane_of_warp() == 0) row[m] = sum;
@@ -153,182 +162,168 @@ __global__ void hinges_kernel(HingeTask<A> task) {
     within = hinge(task, shared, row, own, own_similarity, Kind::kWithin, task.within_margin);
   }
   __syncthreads();
+  const A factor = task.weights ? task.share * task.weights[i] : task.share;
   for (std::int64_t m = threadIdx.x; m < b.clusters; m += kThreads) {
     A value = 0;
     const Kind kind = valid ? kind_of(task, own, m) : Kind::kNone;
-    if (kind == Kind::kOwn) value = poison - between.active - within.active;
+    if (kind == Kind::kOwn) value = factor * (poison - between.active - within.active);
     if (kind == Kind::kBetween && between.active != A(0)) {
-      value = between.active * (exp(row[m] - between.largest) / between.sum);
+      value = factor * between.active * (exp(row[m] - between.largest) / between.sum);
     }
     if (kind == Kind::kWithin && within.active != A(0)) {
-      value = within.active * (exp(row[m] - within.largest) / within.sum);
+      value = factor * within.active * (exp(row[m] - within.largest) / within.sum);
     }
     row[m] = value;
   }
   if (threadIdx.x == 0) task.losses[i] = poison + between.loss + within.loss;
 }
 
+// Block i takes sample i; the last block adds up the losses.
 template <class A>
-struct CentroidGradientTask {
+__global__ void hinges_kernel(HingeTask<A> task) {
+  FACELT_SHARED(A, shared, kWarps);
+  const std::int64_t batch = task.batch.batch, i = blockIdx.x;
+  if (i < batch) sample_hinges(task, shared, i);
+  if (task.reduction == Reduction::kNone) {
+    if (i < batch && threadIdx.x == 0) task.loss[i] = task.weighted(i);
+    return;
+  }
+  if (!is_last_block(task.batch.state.ticket)) return;
+  A sum = 0;
+  for (std::int64_t j = threadIdx.x; j < batch; j += kThreads) sum += task.weighted(j);
+  sum = block_sum(shared, sum);
+  if (threadIdx.x == 0) *task.loss = sum * task.share;
+}
+
+template <class A>
+struct GradientTask {
   Batch<A> batch;
-  const A* factors;
-  const A* gradient;
-  const A* centroids;
-  const A* inverse_norms;
-  const std::int64_t* counts;
-  bool normalize, given;
-  A* shares;
+  const A* grad_loss;
+  bool reduced, given;
+  A* grad_centroids;
+  A* grad_features;
+
+  __device__ A gradient(std::int64_t i, std::int64_t m) const {
+    return grad_loss[reduced ? 0 : i] * batch.state.gradient[i * batch.clusters + m];
+  }
 };
 
-// Block m takes cluster m.
+// Block m takes cluster m: the gradient by its centroid, through its norm to each of its samples.
 template <class A>
-__global__ void centroid_gradient_kernel(CentroidGradientTask<A> task) {
+__global__ void centroid_gradient_kernel(GradientTask<A> task) {
   FACELT_SHARED(A, shared, kWarps);
   const Batch<A>& b = task.batch;
   const std::int64_t m = blockIdx.x;
-  A* share = task.shares + m * b.dimensions;
-  const A* centroid = task.centroids + m * b.dimensions;
+  A* grad = task.grad_centroids + m * b.dimensions;
+  const A* centroid = b.state.centroids + m * b.dimensions;
   A along = 0;
   for (std::int64_t d = threadIdx.x; d < b.dimensions; d += kThreads) {
-    A sum = task.given ? share[d] : A(0);
+    A sum = task.given ? grad[d] : A(0);
     for (std::int64_t i = 0; i < b.batch && !task.given; ++i) {
-      sum += task.factors[i] * task.gradient[i * b.clusters + m] * b.features[i * b.dimensions + d];
+      sum += task.gradient(i, m) * b.features[i * b.dimensions + d];
     }
-    share[d] = sum;
+    grad[d] = sum;
     along += sum * centroid[d];
   }
-  along = task.normalize ? block_sum(shared, along) : A(0);
-  const A size = static_cast<A>(task.counts[m]);
-  const A scale = size > A(0) ? task.inverse_norms[m] / size : A(0);
+  along = b.normalize ? block_sum(shared, along) : A(0);
+  const A size = static_cast<A>(b.state.counts[m]);
+  const A scale = size > A(0) ? b.state.inverse_norms[m] / size : A(0);
   for (std::int64_t d = threadIdx.x; d < b.dimensions; d += kThreads) {
-    share[d] = scale * (share[d] - along * centroid[d]);
+    grad[d] = scale * (grad[d] - along * centroid[d]);
   }
 }
 
 // Block i takes sample i.
 template <class A>
-__global__ void feature_gradient_kernel(Batch<A> b, const A* factors, const A* gradient,
-                                        const A* centroids, const A* shares, bool given,
-                                        A* grad_features) {
+__global__ void feature_gradient_kernel(GradientTask<A> task) {
+  const Batch<A>& b = task.batch;
   const std::int64_t i = blockIdx.x;
   const std::int64_t own = b.cluster_index[i];
+  A* grad = task.grad_features + i * b.dimensions;
   for (std::int64_t d = threadIdx.x; d < b.dimensions; d += kThreads) {
-    A sum = given ? grad_features[i * b.dimensions + d] : A(0);
-    for (std::int64_t m = 0; m < b.clusters && !given; ++m) {
-      sum += gradient[i * b.clusters + m] * centroids[m * b.dimensions + d];
+    A sum = task.given ? grad[d] : A(0);
+    for (std::int64_t m = 0; m < b.clusters && !task.given; ++m) {
+      sum += task.gradient(i, m) * b.state.centroids[m * b.dimensions + d];
     }
-    const A share = b.is_valid(own) ? shares[own * b.dimensions + d] : A(NAN);
-    grad_features[i * b.dimensions + d] = factors[i] * sum + share;
+    grad[d] = sum + (b.is_valid(own) ? task.grad_centroids[own * b.dimensions + d] : A(NAN));
   }
 }
 
 template <class A>
-Batch<A> make_batch(const A* features, const TensorView& cluster_index, std::int64_t clusters,
-                    std::int64_t dimensions) {
-  const std::int64_t batch = cluster_index.numel();
-  return {batch, clusters, dimensions, features,
+Batch<A> make_batch(const TensorView& features, const TensorView& cluster_index, bool normalize,
+                    const TensorView& state, const TensorView& counts) {
+  const std::int64_t batch = features.size(0), dimensions = features.size(1);
+  const std::int64_t clusters = counts.size(0) - 1;
+  const int device = features.device;
+  return {batch,
+          clusters,
+          dimensions,
+          pointer<const A>(features, "features", Scalar<A>::kType, batch * dimensions, device),
           pointer<const std::int64_t>(cluster_index, "cluster_index", ScalarType::kInt64, batch,
-                                      cluster_index.device)};
-}
-
-template <class A>
-const A* rows_of(const TensorView& view, const char* name, std::int64_t rows,
-                 std::int64_t columns) {
-  return pointer<const A>(view, name, Scalar<A>::kType, rows * columns, view.device);
+                                      device),
+          cluster_margin_state<A>(state, counts, batch, clusters, dimensions, device),
+          normalize};
 }
 
 }  // namespace
 
-void cluster_centroids(const TensorView& features, const TensorView& cluster_index, bool normalize,
-                       const TensorView& centroids, const TensorView& inverse_norms,
-                       const TensorView& counts, Execution execution) {
-  const std::int64_t batch = features.size(0), dimensions = features.size(1);
-  const std::int64_t clusters = centroids.size(0);
+void cluster_margin_forward(const TensorView& features, const TensorView& cluster_index,
+                            const TensorView& cluster_class,
+                            const std::optional<TensorView>& sample_weight,
+                            const ClusterMarginOptions& options, int part, const TensorView& loss,
+                            const TensorView& losses, const TensorView& state,
+                            const TensorView& counts, Execution execution) {
+  const Part step = checked_part(part);
   const int device = features.device;
-  if (clusters == 0) return;
-  dispatch_floating(features.dtype, "features", [&](auto zero) {
-    using A = Compute<decltype(zero)>;
-    launch(centroids_kernel<A>, blocks_for(clusters, 1), kThreads, 0, stream_of(execution),
-           make_batch(rows_of<A>(features, "features", batch, dimensions), cluster_index, clusters,
-                      dimensions),
-           normalize,
-           pointer<A>(centroids, "centroids", Scalar<A>::kType, clusters * dimensions, device),
-           pointer<A>(inverse_norms, "inverse_norms", Scalar<A>::kType, clusters, device),
-           pointer<std::int64_t>(counts, "counts", ScalarType::kInt64, clusters, device));
-  });
-}
-
-void cluster_hinges(const TensorView& features, const TensorView& cluster_index,
-                    const TensorView& cluster_class, const TensorView& centroids,
-                    const TensorView& counts, double between_margin, double within_margin,
-                    bool given, const TensorView& losses, const TensorView& gradient,
-                    Execution execution) {
-  const std::int64_t batch = features.size(0), dimensions = features.size(1);
-  const std::int64_t clusters = centroids.size(0);
-  const int device = features.device;
-  if (batch == 0) return;
-  dispatch_floating(features.dtype, "features", [&](auto zero) {
-    using A = Compute<decltype(zero)>;
-    constexpr ScalarType kType = Scalar<A>::kType, kIndex = ScalarType::kInt64;
-    const HingeTask<A> task{
-        make_batch(rows_of<A>(features, "features", batch, dimensions), cluster_index, clusters,
-                   dimensions),
-        pointer<const std::int64_t>(cluster_class, "cluster_class", kIndex, clusters, device),
-        rows_of<A>(centroids, "centroids", clusters, dimensions),
-        pointer<const std::int64_t>(counts, "counts", kIndex, clusters, device),
-        static_cast<A>(between_margin),
-        static_cast<A>(within_margin),
-        given,
-        pointer<A>(losses, "losses", kType, batch, device),
-        pointer<A>(gradient, "gradient", kType, batch * clusters, device)};
-    launch(hinges_kernel<A>, blocks_for(batch, 1), kThreads, 0, stream_of(execution), task);
-  });
-}
-
-void cluster_centroid_gradient(const TensorView& features, const TensorView& factors,
-                               const TensorView& gradient, const TensorView& centroids,
-                               const TensorView& inverse_norms, const TensorView& counts,
-                               bool normalize, bool given, const TensorView& grad_shares,
-                               Execution execution) {
-  const std::int64_t batch = features.size(0), dimensions = features.size(1);
-  const std::int64_t clusters = centroids.size(0);
-  const int device = features.device;
-  if (clusters == 0) return;
+  const stream_t stream = stream_of(execution);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using A = Compute<decltype(zero)>;
     constexpr ScalarType kType = Scalar<A>::kType;
-    const CentroidGradientTask<A> task{
-        {batch, clusters, dimensions, rows_of<A>(features, "features", batch, dimensions), nullptr},
-        rows_of<A>(factors, "factors", batch, 1),
-        rows_of<A>(gradient, "gradient", batch, clusters),
-        rows_of<A>(centroids, "centroids", clusters, dimensions),
-        rows_of<A>(inverse_norms, "inverse_norms", clusters, 1),
-        pointer<const std::int64_t>(counts, "counts", ScalarType::kInt64, clusters, device),
-        normalize,
-        given,
-        pointer<A>(grad_shares, "grad_shares", kType, clusters * dimensions, device)};
-    launch(centroid_gradient_kernel<A>, blocks_for(clusters, 1), kThreads, 0, stream_of(execution),
-           task);
+    const Batch<A> b = make_batch<A>(features, cluster_index, options.normalize, state, counts);
+    const HingeTask<A> task{
+        b,
+        pointer<const std::int64_t>(cluster_class, "cluster_class", ScalarType::kInt64, b.clusters,
+                                    device),
+        sample_weight ? pointer<const A>(*sample_weight, "sample_weight", kType, b.batch, device)
+                      : nullptr,
+        static_cast<A>(options.between_margin),
+        static_cast<A>(options.within_margin),
+        share_of_sample<A>(options, b.batch),
+        options.reduction,
+        step == Part::kAfterProducts,
+        pointer<A>(losses, "losses", kType, b.batch, device),
+        pointer<A>(loss, "loss", kType, number_of_losses(options, b.batch), device)};
+    if (step != Part::kAfterProducts) {
+      launch(centroids_kernel<A>, blocks_for(b.clusters, 1), kThreads, 0, stream, b);
+    }
+    if (step != Part::kBeforeProducts) {
+      launch(hinges_kernel<A>, blocks_for(b.batch, 1), kThreads, 0, stream, task);
+    }
   });
 }
 
-void cluster_feature_gradient(const TensorView& factors, const TensorView& cluster_index,
-                              const TensorView& gradient, const TensorView& centroids,
-                              const TensorView& grad_shares, bool given,
-                              const TensorView& grad_features, Execution execution) {
-  const std::int64_t batch = factors.numel(), clusters = centroids.size(0);
-  const std::int64_t dimensions = centroids.size(1);
-  const int device = factors.device;
-  if (batch == 0) return;
-  dispatch_floating(centroids.dtype, "centroids", [&](auto zero) {
+void cluster_margin_backward(const TensorView& grad_loss, const TensorView& features,
+                             const TensorView& cluster_index, const ClusterMarginOptions& options,
+                             int part, const TensorView& state, const TensorView& counts,
+                             const TensorView& grad_centroids, const TensorView& grad_features,
+                             Execution execution) {
+  const Part step = checked_part(part);
+  const int device = features.device;
+  const stream_t stream = stream_of(execution);
+  dispatch_floating(features.dtype, "features", [&](auto zero) {
     using A = Compute<decltype(zero)>;
-    launch(
-        feature_gradient_kernel<A>, blocks_for(batch, 1), kThreads, 0, stream_of(execution),
-        make_batch<A>(nullptr, cluster_index, clusters, dimensions),
-        rows_of<A>(factors, "factors", batch, 1), rows_of<A>(gradient, "gradient", batch, clusters),
-        rows_of<A>(centroids, "centroids", clusters, dimensions),
-        rows_of<A>(grad_shares, "grad_shares", clusters, dimensions), given,
-        pointer<A>(grad_features, "grad_features", Scalar<A>::kType, batch * dimensions, device));
+    constexpr ScalarType kType = Scalar<A>::kType;
+    const Batch<A> b = make_batch<A>(features, cluster_index, options.normalize, state, counts);
+    const GradientTask<A> task{
+        b,
+        pointer<const A>(grad_loss, "grad_loss", kType, number_of_losses(options, b.batch), device),
+        options.reduction != Reduction::kNone,
+        step == Part::kAfterProducts,
+        pointer<A>(grad_centroids, "grad_centroids", kType, b.clusters * b.dimensions, device),
+        pointer<A>(grad_features, "grad_features", kType, b.batch * b.dimensions, device)};
+    if (b.batch == 0 || b.clusters == 0) return;
+    launch(centroid_gradient_kernel<A>, blocks_for(b.clusters, 1), kThreads, 0, stream, task);
+    launch(feature_gradient_kernel<A>, blocks_for(b.batch, 1), kThreads, 0, stream, task);
   });
 }
 

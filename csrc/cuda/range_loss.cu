@@ -1,5 +1,6 @@
 #include "../range_loss_state.h"
 #include "centroids.cuh"
+#include "last_block.cuh"
 #include "ranges.cuh"
 
 namespace facelt::FACELT_CUDA_NAMESPACE {
@@ -45,17 +46,6 @@ struct Finish {
   bool squared;
   A* loss;
 };
-
-// True in the block that comes last; what the others wrote before is then visible to it.
-__device__ bool is_last_block(unsigned* ticket) {
-  __threadfence();
-  __syncthreads();
-  unsigned before = 0;
-  if (threadIdx.x == 0) before = atomicAdd(ticket, 1u);
-  const bool last = __syncthreads_or(threadIdx.x == 0 && before == gridDim.x - 1);
-  __threadfence();
-  return last;
-}
 
 // A fixed order of addition, whichever block does it.
 template <class A>

@@ -19,6 +19,9 @@ from facelt_ext.types import compute_dtype
 
 # With more clusters than this the products are torch's, with fewer they are made between the rest.
 FEW_CLUSTERS = 32
+# As csrc/cluster_margin.h has them.
+REDUCTIONS = ("none", "sum", "mean")
+WHOLE, BEFORE_PRODUCTS, AFTER_PRODUCTS = range(3)
 
 
 def cluster_margin_loss(
@@ -108,7 +111,7 @@ def cluster_margin_losses(
     dtype = compute_dtype(features.dtype)
     check_number(between_margin, "between_margin", dtype)
     check_number(within_margin, "within_margin", dtype)
-    check_choice(reduction, "reduction", ("none", "mean", "sum"))
+    check_choice(reduction, "reduction", REDUCTIONS)
     if sample_weight is not None:
         _check_sample_weight(sample_weight, features)
     backend = _backend.current()
@@ -119,6 +122,8 @@ def cluster_margin_losses(
         if backend == "reference":
             losses = sample_losses(features, cluster_index, cluster_class, *margins)
             return _reduced(losses, sample_weight, reduction), losses.detach()
+        if sample_weight is not None:
+            sample_weight = sample_weight.to(dtype)
         return ClusterMarginFunction.apply(
             features.to(dtype), cluster_index, cluster_class, sample_weight, *margins, reduction,
             backend,
@@ -131,15 +136,6 @@ def _reduced(losses: Tensor, sample_weight: Tensor | None, reduction: str) -> Te
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / max(len(losses), 1)
-
-
-def _factors(grad_loss: Tensor, batch: int, sample_weight: Tensor | None, reduction: str) -> Tensor:
-    """The gradient by each sample's unweighted loss, [B]."""
-    if reduction == "mean":
-        grad_loss = grad_loss / max(batch, 1)
-    if sample_weight is not None:
-        return grad_loss * sample_weight.to(grad_loss.dtype)
-    return grad_loss.expand(batch)
 
 
 def _check_sample_weight(sample_weight: Tensor, features: Tensor) -> None:
@@ -159,111 +155,121 @@ def _check_sample_weight(sample_weight: Tensor, features: Tensor) -> None:
 
 
 class ClusterMarginFunction(torch.autograd.Function):
-    """The loss and each sample's unweighted one, for features in the compute dtype."""
+    """The loss and each sample's unweighted one, for features and weights in the compute dtype."""
 
     @staticmethod
-    def forward(
-        ctx, features, cluster_index, cluster_class, sample_weight, between_margin, within_margin,
-        normalize, reduction, backend,
-    ):  # fmt: skip
-        losses, *state = _forward(
-            features, cluster_index, cluster_class, between_margin, within_margin, normalize,
-            backend,
-        )  # fmt: skip
+    def forward(ctx, features, cluster_index, cluster_class, sample_weight, *rest):
+        *options, backend = rest
+        loss, losses, *state = _forward(
+            features, cluster_index, cluster_class, sample_weight, *options, backend
+        )
         ctx.save_for_backward(features, cluster_index, cluster_class, sample_weight, *state)
-        ctx.margins = between_margin, within_margin, normalize
-        ctx.reduction, ctx.backend = reduction, backend
+        ctx.options, ctx.backend = options, backend
         ctx.mark_non_differentiable(losses)
-        loss = _reduced(losses, sample_weight, reduction)
-        return loss.clone() if loss is losses else loss, losses
+        return loss, losses
 
     @staticmethod
     def backward(ctx, grad_loss, _):
         features, cluster_index, cluster_class, sample_weight, *state = ctx.saved_tensors
-        factors = _factors(grad_loss, len(features), sample_weight, ctx.reduction)
         if torch.is_grad_enabled():
+            *margins, reduction = ctx.options
 
             def again(x: Tensor) -> Tensor:
-                return sample_losses(x, cluster_index, cluster_class, *ctx.margins)
+                losses = sample_losses(x, cluster_index, cluster_class, *margins)
+                return _reduced(losses, sample_weight, reduction)
 
             with autocast_off(features.device.type):
-                grad = gradient_through_reference(again, features, factors)
+                grad = gradient_through_reference(again, features, grad_loss)
         else:
-            normalize = ctx.margins[2]
-            grad = _backward(factors, features, cluster_index, *state, normalize, ctx.backend)
+            grad = _backward(grad_loss, features, cluster_index, *state, *ctx.options, ctx.backend)
         return grad, *[None] * 8
 
 
-def _forward_fake(features, cluster_index, cluster_class, between, within, normalize, backend):
+OPTIONS = "float between_margin, float within_margin, bool normalize, str reduction, str backend"
+
+
+def _native_options(between: float, within: float, normalize: bool, reduction: str) -> tuple:
+    return between, within, normalize, REDUCTIONS.index(reduction)
+
+
+def _products(state: Tensor, batch: int, counts: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
+    """Of the state, those of samples and clusters (or the gradient by them), and the centroids."""
+    clusters = len(counts) - 1
+    centroids = state[batch * clusters : batch * clusters + clusters * dimensions]
+    return state[: batch * clusters].view(batch, clusters), centroids.view(clusters, dimensions)
+
+
+def _forward_fake(
+    features, cluster_index, cluster_class, sample_weight, between, within, normalize, reduction,
+    backend,
+):  # fmt: skip
     batch, dimensions = features.shape
     clusters = cluster_class.shape[0]
+    # The state is laid out in csrc/cluster_margin.h.
     return (
+        features.new_empty(batch if reduction == "none" else ()),
         features.new_empty(batch),
-        features.new_empty(batch, clusters),
-        features.new_empty(clusters, dimensions),
-        features.new_empty(clusters),
-        cluster_class.new_empty(clusters),
+        features.new_empty(batch * clusters + clusters * dimensions + clusters),
+        cluster_class.new_empty(clusters + 1),
     )
 
 
 @operator(
     "cluster_margin_forward(Tensor features, Tensor cluster_index, Tensor cluster_class,"
-    " float between_margin, float within_margin, bool normalize, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor? sample_weight, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
-def _forward(features, cluster_index, cluster_class, between, within, normalize, backend):
-    """losses [B], their gradient by the products with the centroids [B, M], centroids [M, D], 1 /
-    norms of the means [M], samples [M]."""
-    features, cluster_index = features.contiguous(), cluster_index.contiguous()
-    outputs = _forward_fake(
-        features, cluster_index, cluster_class, between, within, normalize, backend
-    )
-    losses, gradient, centroids, inverse_norms, counts = outputs
-    _native.run(
-        backend, features, "cluster_centroids", features, cluster_index, normalize, centroids,
-        inverse_norms, counts,
+def _forward(features, cluster_index, cluster_class, sample_weight, *rest):
+    """loss [] or [B], unweighted losses [B], state, samples of the clusters [M + 1]."""
+    *options, backend = rest
+    features = features.contiguous()
+    if sample_weight is not None:
+        sample_weight = sample_weight.contiguous()
+    outputs = _forward_fake(features, cluster_index, cluster_class, sample_weight, *rest)
+    args = (
+        features, cluster_index.contiguous(), cluster_class.contiguous(), sample_weight,
+        _native_options(*options),
     )  # fmt: skip
-    given = len(centroids) > FEW_CLUSTERS
-    if given:
-        torch.mm(features, centroids.t(), out=gradient)
-    _native.run(
-        backend, features, "cluster_hinges", features, cluster_index, cluster_class.contiguous(),
-        centroids, counts, between, within, given, losses, gradient,
-    )  # fmt: skip
+    name = "cluster_margin_forward"
+    if len(cluster_class) <= FEW_CLUSTERS:
+        _native.run(backend, features, name, *args, WHOLE, *outputs)
+        return outputs
+    _native.run(backend, features, name, *args, BEFORE_PRODUCTS, *outputs)
+    products, centroids = _products(outputs[2], len(features), outputs[3], features.shape[1])
+    torch.mm(features, centroids.t(), out=products)
+    _native.run(backend, features, name, *args, AFTER_PRODUCTS, *outputs)
     return outputs
 
 
 def _backward_fake(
-    grad_losses, features, cluster_index, gradient, centroids, inverse_norms, counts, normalize,
+    grad_loss, features, cluster_index, state, counts, between, within, normalize, reduction,
     backend,
 ):  # fmt: skip
     return torch.empty_like(features, memory_format=torch.contiguous_format)
 
 
 @operator(
-    "cluster_margin_backward(Tensor grad_losses, Tensor features, Tensor cluster_index,"
-    " Tensor gradient, Tensor centroids, Tensor inverse_norms, Tensor counts, bool normalize,"
-    " str backend) -> Tensor",
+    "cluster_margin_backward(Tensor grad_loss, Tensor features, Tensor cluster_index,"
+    f" Tensor state, Tensor counts, {OPTIONS}) -> Tensor",
     _backward_fake,
 )
-def _backward(
-    grad_losses, features, cluster_index, gradient, centroids, inverse_norms, counts, normalize,
-    backend,
-):  # fmt: skip
-    features, cluster_index = features.contiguous(), cluster_index.contiguous()
-    factors = grad_losses.contiguous()
-    shares, grad_features = torch.empty_like(centroids), torch.empty_like(features)
-    given = len(centroids) > FEW_CLUSTERS
-    if given:
-        torch.mm(gradient.t(), factors[:, None] * features, out=shares)
+def _backward(grad_loss, features, cluster_index, state, counts, *rest):
+    *options, backend = rest
+    features, grad_loss = features.contiguous(), grad_loss.contiguous()
+    batch, dimensions = features.shape
+    clusters = len(counts) - 1
+    grad_centroids = features.new_empty(clusters, dimensions)
+    grad_features = torch.empty_like(features)
+    part = WHOLE
+    if clusters > FEW_CLUSTERS:
+        part = AFTER_PRODUCTS
+        gradient, centroids = _products(state, batch, counts, dimensions)
+        gradient = gradient * grad_loss.view(-1, 1)
+        torch.mm(gradient.t(), features, out=grad_centroids)
         torch.mm(gradient, centroids, out=grad_features)
     _native.run(
-        backend, features, "cluster_centroid_gradient", features, factors, gradient, centroids,
-        inverse_norms, counts, normalize, given, shares,
-    )  # fmt: skip
-    _native.run(
-        backend, features, "cluster_feature_gradient", factors, cluster_index, gradient, centroids,
-        shares, given, grad_features,
+        backend, features, "cluster_margin_backward", grad_loss, features,
+        cluster_index.contiguous(), _native_options(*options), part, state, counts, grad_centroids,
+        grad_features,
     )  # fmt: skip
     return grad_features
