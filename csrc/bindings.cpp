@@ -17,6 +17,7 @@ namespace py = pybind11;
 using facelt::ClusterMarginOptions;
 using facelt::Execution;
 using facelt::MarginSoftmaxOptions;
+using facelt::QuintupletOptions;
 using facelt::RangeLossOptions;
 using facelt::TensorView;
 
@@ -52,10 +53,13 @@ namespace {
     FACELT_BIND(m, backend, dispersion_tail_gradient);        \
     FACELT_BIND(m, backend, cluster_margin_forward);          \
     FACELT_BIND(m, backend, cluster_margin_backward);         \
+    FACELT_BIND(m, backend, quintuplet_forward);              \
+    FACELT_BIND(m, backend, quintuplet_backward);             \
     FACELT_BIND(m, backend, group_labels_workspace);          \
     FACELT_BIND(m, backend, class_ranges_workspace);          \
     FACELT_BIND(m, backend, min_centroid_distance_workspace); \
     FACELT_BIND(m, backend, range_loss_workspace);            \
+    FACELT_BIND(m, backend, quintuplet_workspace);            \
   } while (false)
 
 std::string compiler() {
@@ -106,6 +110,22 @@ struct type_caster<Execution> {
   }
 };
 
+// A number that is one of `Reduction`.
+inline bool is_reduction(int reduction) { return reduction >= 0 && reduction <= 2; }
+
+// (g1, g2, g3, reduction)
+template <>
+struct type_caster<QuintupletOptions> {
+  PYBIND11_TYPE_CASTER(QuintupletOptions, const_name("tuple[float, float, float, int]"));
+
+  bool load(handle source, bool) {
+    const auto [g1, g2, g3, reduction] = py::cast<std::tuple<double, double, double, int>>(source);
+    if (!is_reduction(reduction)) return false;
+    value = {{g1, g2, g3}, static_cast<facelt::Reduction>(reduction)};
+    return true;
+  }
+};
+
 // (k, margin, alpha, beta, squared)
 template <>
 struct type_caster<RangeLossOptions> {
@@ -143,7 +163,7 @@ struct type_caster<ClusterMarginOptions> {
   bool load(handle source, bool) {
     const auto [between, within, normalize, reduction] =
         py::cast<std::tuple<double, double, bool, int>>(source);
-    if (reduction < 0 || reduction > 2) return false;
+    if (!is_reduction(reduction)) return false;
     value = {between, within, normalize, static_cast<facelt::Reduction>(reduction)};
     return true;
   }

@@ -5,11 +5,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "reduction.h"
 #include "scalar.h"
 
 namespace facelt {
-
-enum class Reduction : int { kNone, kSum, kMean };
 
 struct ClusterMarginOptions {
   double between_margin;
@@ -47,11 +46,6 @@ ClusterMarginState<A> cluster_margin_state(const TensorView& value, const Tensor
   state.counts = pointer<std::int64_t>(counts, "counts", ScalarType::kInt64, clusters + 1, device);
   state.ticket = reinterpret_cast<unsigned*>(state.counts + clusters);
   return state;
-}
-
-// The number of losses that come out, and of gradients that go in.
-inline std::int64_t number_of_losses(const ClusterMarginOptions& options, std::int64_t batch) {
-  return options.reduction == Reduction::kNone ? batch : 1;
 }
 
 // What a sample's gradient is multiplied with, but for its weight.

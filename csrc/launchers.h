@@ -6,6 +6,7 @@
 
 #include "cluster_margin.h"
 #include "margin.h"
+#include "quintuplets.h"
 #include "tensor_view.h"
 
 namespace facelt {

@@ -280,6 +280,29 @@ class Backend(Protocol):
         grad_features: Tensor,
         execution: int,
     ) -> None: ...
+    def quintuplet_forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        cluster_index: Tensor,
+        options: tuple[float, float, float, int],
+        loss: Tensor,
+        neighbors: Tensor,
+        state: Tensor,
+        workspace: Tensor,
+        execution: int,
+    ) -> None: ...
+    def quintuplet_workspace(self, batch: int, compute_size: int) -> int: ...
+    def quintuplet_backward(
+        self,
+        grad_loss: Tensor,
+        features: Tensor,
+        options: tuple[float, float, float, int],
+        neighbors: Tensor,
+        state: Tensor,
+        grad_features: Tensor,
+        execution: int,
+    ) -> None: ...
 
 class CudaBackend(Backend, Protocol):
     def require_driver(self) -> None: ...

@@ -323,7 +323,7 @@ void cluster_margin_forward(const TensorView& features, const TensorView& cluste
     const Batch<A> b = batch_of<A>(features, cluster_index, options, state, counts, execution);
     const A* weights = sample_weight ? input<A>(*sample_weight, "sample_weight", b.batch) : nullptr;
     A* of_samples = output<A>(losses, "losses", b.batch);
-    A* reduced = output<A>(loss, "loss", number_of_losses(options, b.batch));
+    A* reduced = output<A>(loss, "loss", number_of_losses(options.reduction, b.batch));
     FirstException failure;
     Forward<A> forward(b, index_pointer(cluster_class, "cluster_class", b.clusters), weights,
                        of_samples, step);
@@ -346,9 +346,10 @@ void cluster_margin_backward(const TensorView& grad_loss, const TensorView& feat
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using A = Compute<decltype(zero)>;
     const Batch<A> b = batch_of<A>(features, cluster_index, options, state, counts, execution);
-    Backward<A> backward(b, input<A>(grad_loss, "grad_loss", number_of_losses(options, b.batch)),
-                         output<A>(grad_centroids, "grad_centroids", b.clusters * b.dimensions),
-                         output<A>(grad_features, "grad_features", b.batch * b.dimensions), step);
+    Backward<A> backward(
+        b, input<A>(grad_loss, "grad_loss", number_of_losses(options.reduction, b.batch)),
+        output<A>(grad_centroids, "grad_centroids", b.clusters * b.dimensions),
+        output<A>(grad_features, "grad_features", b.batch * b.dimensions), step);
 #pragma omp parallel num_threads(b.threads)
     {
       backward.centroids();

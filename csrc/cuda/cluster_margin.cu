@@ -292,7 +292,7 @@ void cluster_margin_forward(const TensorView& features, const TensorView& cluste
         options.reduction,
         step == Part::kAfterProducts,
         pointer<A>(losses, "losses", kType, b.batch, device),
-        pointer<A>(loss, "loss", kType, number_of_losses(options, b.batch), device)};
+        pointer<A>(loss, "loss", kType, number_of_losses(options.reduction, b.batch), device)};
     if (step != Part::kAfterProducts) {
       launch(centroids_kernel<A>, blocks_for(b.clusters, 1), kThreads, 0, stream, b);
     }
@@ -316,7 +316,8 @@ void cluster_margin_backward(const TensorView& grad_loss, const TensorView& feat
     const Batch<A> b = make_batch<A>(features, cluster_index, options.normalize, state, counts);
     const GradientTask<A> task{
         b,
-        pointer<const A>(grad_loss, "grad_loss", kType, number_of_losses(options, b.batch), device),
+        pointer<const A>(grad_loss, "grad_loss", kType,
+                         number_of_losses(options.reduction, b.batch), device),
         options.reduction != Reduction::kNone,
         step == Part::kAfterProducts,
         pointer<A>(grad_centroids, "grad_centroids", kType, b.clusters * b.dimensions, device),

@@ -13,6 +13,7 @@ from facelt_ext._checks import (
 )
 from facelt_ext._operators import operator
 from facelt_ext.functional._products import autocast_off
+from facelt_ext.functional._reductions import REDUCTIONS
 from facelt_ext.functional._second_order import gradient_through_reference
 from facelt_ext.reference.cluster_margin import sample_losses
 from facelt_ext.types import compute_dtype
@@ -20,7 +21,6 @@ from facelt_ext.types import compute_dtype
 # With more clusters than this the products are torch's, with fewer they are made between the rest.
 FEW_CLUSTERS = 32
 # As csrc/cluster_margin.h has them.
-REDUCTIONS = ("none", "sum", "mean")
 WHOLE, BEFORE_PRODUCTS, AFTER_PRODUCTS = range(3)
 
 

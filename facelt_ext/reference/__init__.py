@@ -13,6 +13,7 @@ from facelt_ext.reference.compactness import (
 from facelt_ext.reference.dispersion import dispersion_softmax_loss
 from facelt_ext.reference.groups import group_labels
 from facelt_ext.reference.margin_softmax import margin_softmax_loss
+from facelt_ext.reference.quintuplets import quintuplet_loss
 from facelt_ext.reference.range_loss import range_loss
 from facelt_ext.reference.ranges import class_ranges
 from facelt_ext.reference.super_classes import super_class_mean
@@ -27,6 +28,7 @@ __all__ = [
     "inter_class_compactness",
     "margin_softmax_loss",
     "min_centroid_distance",
+    "quintuplet_loss",
     "range_loss",
     "super_class_mean",
 ]

@@ -1,0 +1,167 @@
+#include "../quintuplets.h"
+
+#include <numeric>
+
+#include "common.h"
+#include "pair_blocks.h"
+
+namespace facelt::cpu {
+
+namespace {
+
+template <class A>
+struct Samples {
+  const A* features;
+  const std::int64_t *labels, *clusters;
+  std::int64_t batch, dimensions;
+};
+
+// The neighbors of all anchors. Each thread keeps those that it has met, and the order among
+// candidates is total: what is found in the end does not depend on who met what.
+template <class A>
+class Mining {
+ public:
+  Mining(const Samples<A>& samples, int threads)
+      : s_(samples),
+        threads_(threads),
+        order_(samples.batch),
+        found_(threads * samples.batch * kNeighbors, Candidate<A>{A(0), kNoPair}) {
+    std::iota(order_.begin(), order_.end(), std::int64_t{0});
+  }
+
+  std::int64_t size() const { return number_of_blocks(s_.batch); }
+
+  void run(std::int64_t block) {
+    Candidate<A>* const found = found_.data() + omp_get_thread_num() * s_.batch * kNeighbors;
+    visit_pair_block(s_.features, s_.dimensions, order_.data(), 0, s_.batch, block,
+                     [&](std::int64_t a, std::int64_t b, A distance) {
+                       const bool same_class = s_.labels[a] == s_.labels[b];
+                       const bool same_cluster = same_class && s_.clusters[a] == s_.clusters[b];
+                       offer(same_class, same_cluster, {distance, b}, found + a * kNeighbors);
+                       offer(same_class, same_cluster, {distance, a}, found + b * kNeighbors);
+                     });
+  }
+
+  // After all blocks have run.
+  const Candidate<A>* neighbors(std::int64_t anchor) {
+    Candidate<A>* const merged = found_.data() + anchor * kNeighbors;
+    for (int t = 1; t < threads_; ++t) {
+      for (int k = 0; k < kNeighbors; ++k) {
+        offer(k, merged[t * s_.batch * kNeighbors + k], merged);
+      }
+    }
+    return merged;
+  }
+
+ private:
+  const Samples<A> s_;
+  int threads_;
+  std::vector<std::int64_t> order_;
+  std::vector<Candidate<A>> found_;
+};
+
+template <class A>
+void forward(const Samples<A>& s, const QuintupletOptions& options, const QuintupletState<A>& state,
+             A* loss, int threads) {
+  Mining<A> mining(s, threads);
+  FirstException failure;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (std::int64_t block = 0; block < mining.size(); ++block) {
+    failure.run([&] { mining.run(block); });
+  }
+  failure.rethrow();
+  const A margins[] = {static_cast<A>(options.margins[0]), static_cast<A>(options.margins[1]),
+                       static_cast<A>(options.margins[2])};
+  const bool finite = row_kernels<A>().all_finite(s.features, s.batch * s.dimensions);
+  *state.poison = finite ? A(0) : std::numeric_limits<A>::quiet_NaN();
+  double sum = 0;
+  std::int64_t anchors = 0;
+  for (std::int64_t i = 0; i < s.batch; ++i) {
+    const Candidate<A>* found = mining.neighbors(i);
+    const Hinges<A> hinges = quintuplet_hinges(found, margins, state.slopes + i * kNeighbors);
+    for (int k = 0; k < kNeighbors; ++k) state.neighbors[i * kNeighbors + k] = found[k].pair;
+    anchors += hinges.any;
+    sum += hinges.loss;
+    if (options.reduction == Reduction::kNone) loss[i] = hinges.loss + *state.poison;
+  }
+  *state.anchors = static_cast<A>(anchors);
+  if (options.reduction == Reduction::kNone) return;
+  const bool mean = options.reduction == Reduction::kMean && anchors > 0;
+  *loss = static_cast<A>(mean ? sum / static_cast<double>(anchors) : sum) + *state.poison;
+}
+
+// Where each sample is an anchor's neighbor, as numbers of places in [B, 4], ascending.
+struct Places {
+  std::vector<std::int64_t> offsets, places;
+
+  Places(const std::int64_t* neighbors, std::int64_t batch) : offsets(batch + 1) {
+    const std::int64_t count = batch * kNeighbors;
+    for (std::int64_t p = 0; p < count; ++p) {
+      if (is_sample(neighbors[p], batch)) ++offsets[neighbors[p] + 1];
+    }
+    std::partial_sum(offsets.begin(), offsets.end(), offsets.begin());
+    places.resize(offsets[batch]);
+    std::vector<std::int64_t> next(offsets.begin(), offsets.end() - 1);
+    for (std::int64_t p = 0; p < count; ++p) {
+      if (is_sample(neighbors[p], batch)) places[next[neighbors[p]]++] = p;
+    }
+  }
+
+  static bool is_sample(std::int64_t i, std::int64_t batch) { return i >= 0 && i < batch; }
+};
+
+}  // namespace
+
+void quintuplet_forward(const TensorView& features, const TensorView& labels,
+                        const TensorView& cluster_index, const QuintupletOptions& options,
+                        const TensorView& loss, const TensorView& neighbors,
+                        const TensorView& state, const TensorView&, Execution execution) {
+  const std::int64_t batch = features.size(0), dimensions = features.size(1);
+  dispatch_floating(features.dtype, "features", [&](auto zero) {
+    using A = Compute<decltype(zero)>;
+    const Samples<A> samples{
+        input<A>(features, "features", batch * dimensions), index_pointer(labels, "labels", batch),
+        index_pointer(cluster_index, "cluster_index", batch), batch, dimensions};
+    forward(samples, options, quintuplet_state<A>(neighbors, state, batch, kCpuDevice),
+            output<A>(loss, "loss", number_of_losses(options.reduction, batch)),
+            threads(execution));
+  });
+}
+
+std::int64_t quintuplet_workspace(std::int64_t, std::int64_t) { return 0; }
+
+void quintuplet_backward(const TensorView& grad_loss, const TensorView& features,
+                         const QuintupletOptions& options, const TensorView& neighbors,
+                         const TensorView& state, const TensorView& grad_features,
+                         Execution execution) {
+  const std::int64_t batch = features.size(0), dimensions = features.size(1);
+  dispatch_floating(features.dtype, "features", [&](auto zero) {
+    using A = Compute<decltype(zero)>;
+    const A* x = input<A>(features, "features", batch * dimensions);
+    const QuintupletState<A> s = quintuplet_state<A>(neighbors, state, batch, kCpuDevice);
+    const A* upstream =
+        input<A>(grad_loss, "grad_loss", number_of_losses(options.reduction, batch));
+    A* grad = output<A>(grad_features, "grad_features", batch * dimensions);
+    const Places places(s.neighbors, batch);
+    // The gradient by x_i of a distance between i and another sample.
+    const auto add = [&](std::int64_t i, std::int64_t other, std::int64_t place) {
+      if (s.slopes[place] == A(0)) return;
+      const A factor = anchor_gradient(options.reduction, upstream, *s.anchors, place / kNeighbors);
+      row_kernels<A>().add_scaled_difference(x + i * dimensions, x + other * dimensions,
+                                             2 * factor * s.slopes[place], grad + i * dimensions,
+                                             dimensions);
+    };
+#pragma omp parallel for schedule(static) num_threads(threads(execution))
+    for (std::int64_t i = 0; i < batch; ++i) {
+      std::fill_n(grad + i * dimensions, dimensions, *s.poison);
+      for (std::int64_t p = i * kNeighbors; p < (i + 1) * kNeighbors; ++p) {
+        if (Places::is_sample(s.neighbors[p], batch)) add(i, s.neighbors[p], p);
+      }
+      for (std::int64_t p = places.offsets[i]; p < places.offsets[i + 1]; ++p) {
+        add(i, places.places[p] / kNeighbors, places.places[p]);
+      }
+    }
+  });
+}
+
+}  // namespace facelt::cpu
