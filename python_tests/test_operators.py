@@ -56,6 +56,7 @@ def samples(place, dtype: torch.dtype):
     yield from super_class_samples(x, labels % 12, backend)
 
     yield from cluster_margin_samples(x, backend)
+    yield from quintuplet_samples(x, labels, backend)
 
     for k in (2, 11):  # some of the others, and all
         yield OPS.inter_class_compactness, (x, labels % 12, k, 3.0, dtype, backend)
@@ -71,6 +72,15 @@ def cluster_margin_samples(x: torch.Tensor, backend: str):
         yield OPS.cluster_margin_forward, args
         loss, _, *state = OPS.cluster_margin_forward(*args)
         yield OPS.cluster_margin_backward, (loss, x, cluster_index, *state, *options)
+
+
+def quintuplet_samples(x: torch.Tensor, labels: torch.Tensor, backend: str):
+    x = x.to(compute_dtype(x.dtype))
+    for reduction in ("mean", "none"):
+        options = (2.0, 3.0, 4.0, reduction, backend)
+        yield OPS.quintuplet_forward, (x, labels, labels.roll(1), *options)
+        loss, *state = OPS.quintuplet_forward(x, labels, labels.roll(1), *options)
+        yield OPS.quintuplet_backward, (loss, x, *state, *options)
 
 
 def super_class_samples(x: torch.Tensor, labels: torch.Tensor, backend: str):

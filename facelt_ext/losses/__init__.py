@@ -3,6 +3,7 @@
 from facelt_ext.losses.aggregate_disperse import AggregatedSoftmaxLoss, DispersionLoss
 from facelt_ext.losses.clmle import CLMLELoss, between_margin_max, within_margin_max
 from facelt_ext.losses.domain_balancing import DomainBalancingLoss, ResidualBalancingModule
+from facelt_ext.losses.lmle import LMLELoss
 from facelt_ext.losses.margin_softmax import (
     ArcFaceLoss,
     CosFaceLoss,
@@ -18,6 +19,7 @@ __all__ = [
     "CosFaceLoss",
     "DispersionLoss",
     "DomainBalancingLoss",
+    "LMLELoss",
     "RangeLoss",
     "ResidualBalancingModule",
     "SphereFaceLoss",

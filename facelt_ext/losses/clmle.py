@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from facelt_ext._checks import check_count, check_matrix, check_number, checked_integers
+from facelt_ext._checks import check_count, check_number
 from facelt_ext.functional.cluster_margin import cluster_margin_losses
-from facelt_ext.types import compute_dtype
+from facelt_ext.losses._cluster_batch import checked_cluster_batch
 
 
 def between_margin_max(num_classes: int) -> float:
@@ -85,22 +85,19 @@ class CLMLELoss(nn.Module):
             TypeError, ValueError: an argument of the wrong type, dtype, shape or device; B is no
                 multiple of `samples_per_cluster`.
         """
-        check_matrix(features, "features")
-        labels = checked_integers(labels, "labels", features, "features")
-        batch, size = len(labels), self.samples_per_cluster
-        if batch % size:
-            raise ValueError(
-                f"features: expected rows of whole clusters of {size} samples, got {batch} rows"
-            )
-        cluster_class = labels[::size]
-        wide = features.to(compute_dtype(features.dtype))
+        units, labels, cluster_index = checked_cluster_batch(
+            features, labels, self.samples_per_cluster
+        )
+        cluster_class = labels[:: self.samples_per_cluster]
         loss, self.sample_losses = cluster_margin_losses(
-            nn.functional.normalize(wide, eps=torch.finfo(wide.dtype).tiny),
-            torch.arange(batch, device=labels.device) // size,
+            units,
+            cluster_index,
             cluster_class,
             between_margin=self.between_margin,
             within_margin=self.within_margin,
-            sample_weight=self._weights(cluster_class, wide.dtype) if self.cost_sensitive else None,
+            sample_weight=self._weights(cluster_class, units.dtype)
+            if self.cost_sensitive
+            else None,
             normalize_centroids=self.normalize_centroids,
             reduction="mean",
         )

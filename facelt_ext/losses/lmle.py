@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from facelt_ext._checks import check_count
+from facelt_ext.functional import quintuplet_loss
+from facelt_ext.functional.quintuplets import checked_margins
+from facelt_ext.losses._cluster_batch import checked_cluster_batch
+
+
+class LMLELoss(nn.Module):
+    """Large margin local embedding (LMLE, Huang et al., CVPR 2016; TPAMI 2020, eqs. 4-5), the
+    predecessor of CLMLE.
+
+    Takes batches of clusters, one after another, with `samples_per_cluster` samples of one class
+    each, as `facelt_ext.samplers.ClusterBatchSampler` draws them. Features are divided by their
+    norms, then it is `facelt_ext.functional.quintuplet_loss`.
+
+    Args:
+        margins: g1, g2 and g3, in squared distances, which are at most 4.
+        samples_per_cluster: samples of each cluster in a batch.
+
+    Both may be changed between steps.
+    """
+
+    def __init__(self, margins: Sequence[float], *, samples_per_cluster: int = 20) -> None:
+        super().__init__()
+        check_count(samples_per_cluster, "samples_per_cluster")
+        self.margins = checked_margins(margins, torch.float32)
+        self.samples_per_cluster = samples_per_cluster
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """features [B, D] and integer labels [B] -> the loss, [].
+
+        A zero feature stays zero.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; B is no
+                multiple of `samples_per_cluster`.
+        """
+        units, labels, cluster_index = checked_cluster_batch(
+            features, labels, self.samples_per_cluster
+        )
+        return quintuplet_loss(units, labels, cluster_index, margins=self.margins)
+
+    def extra_repr(self) -> str:
+        return f"margins={self.margins}, samples_per_cluster={self.samples_per_cluster}"
