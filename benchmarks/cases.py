@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FAMILIES = ("range_loss", "margin_softmax", "compactness", "super_classes", "dispersion")
+FAMILIES = (
+    "range_loss",
+    "margin_softmax",
+    "compactness",
+    "super_classes",
+    "dispersion",
+    "cluster_margin",
+    "quintuplets",
+)
 THREADS = 2
 
 # Runs a form once and gives its results, which are not counted as memory that it takes.
