@@ -50,6 +50,14 @@ void check_rows(const RowKernels<A>& kernels, const char* isa, std::int64_t n) {
       expect(distances[kTile * i + j] == sum, isa, "squared_distances", n);
     }
   }
+  kernels.inner_products(rows, columns, n, distances);
+  for (int i = 0; i < kTile; ++i) {
+    for (int j = 0; j < kTile; ++j) {
+      A sum = 0;
+      for (std::int64_t d = 0; d < n; ++d) sum += a[i][d] * b[j][d];
+      expect(distances[kTile * i + j] == sum, isa, "inner_products", n);
+    }
+  }
   std::vector<A> sum = a[1], scaled(n), quotient = a[2], difference = a[3];
   kernels.add(a[0].data(), sum.data(), n);
   kernels.scale(a[0].data(), A(3), scaled.data(), n);
@@ -217,25 +225,33 @@ void check_keep_above(const SoftmaxKernels<A>& kernels, const char* isa, std::in
 
 // Factors lie by rows and by columns; nothing beside `width` may be written.
 template <class A>
-void check_add_product(const RowKernels<A>& kernels, const char* isa, std::int64_t n) {
+void check_product(const RowKernels<A>& kernels, const char* isa, std::int64_t n) {
   constexpr std::int64_t kCount = 5;
   const std::int64_t stride = n + 1;
   for (std::int64_t outputs : {1, 2, 4, 7, 16, 19}) {
     const std::vector<A> factors = numbers<A>(outputs * kCount, 6);
     const std::vector<A> rows = numbers<A>(kCount * stride, 7);
+    const std::vector<A> base = numbers<A>(outputs * n, 8);
+    std::vector<const A*> bases;
+    for (std::int64_t i = 0; i < outputs; ++i) bases.push_back(base.data() + i * n);
     for (const bool by_rows : {true, false}) {
-      const std::int64_t along = by_rows ? kCount : 1, across = by_rows ? 1 : outputs;
-      std::vector<A> out = numbers<A>(outputs * stride, 8), wanted = out;
-      for (std::int64_t i = 0; i < outputs; ++i) {
-        for (std::int64_t r = 0; r < kCount; ++r) {
+      for (const bool with_bases : {true, false}) {
+        const std::int64_t along = by_rows ? kCount : 1, across = by_rows ? 1 : outputs;
+        std::vector<A> out(outputs * stride, A(77)), wanted = out;
+        for (std::int64_t i = 0; i < outputs; ++i) {
           for (std::int64_t d = 0; d < n; ++d) {
-            wanted[i * stride + d] += factors[i * along + r * across] * rows[r * stride + d];
+            A& sum = wanted[i * stride + d];
+            sum = with_bases ? base[i * n + d] : A(0);
+            for (std::int64_t r = 0; r < kCount; ++r) {
+              sum += factors[i * along + r * across] * rows[r * stride + d];
+            }
           }
         }
+        kernels.product({factors.data(), along, across, rows.data(), stride,
+                         with_bases ? bases.data() : nullptr, out.data(), stride, outputs, kCount,
+                         n});
+        expect(out == wanted, isa, "product", n);
       }
-      kernels.add_product({factors.data(), along, across, rows.data(), stride, out.data(), stride,
-                           outputs, kCount, n});
-      expect(out == wanted, isa, "add_product", n);
     }
   }
 }
@@ -321,8 +337,8 @@ void check(const char* isa) {
     check_softmax_rows(SoftmaxRows<double>::kTable, isa, n);
     check_keep_above(SoftmaxRows<float>::kTable, isa, n);
     check_keep_above(SoftmaxRows<double>::kTable, isa, n);
-    check_add_product(Rows<float>::kTable, isa, n);
-    check_add_product(Rows<double>::kTable, isa, n);
+    check_product(Rows<float>::kTable, isa, n);
+    check_product(Rows<double>::kTable, isa, n);
     check_hinges(SoftmaxRows<float>::kTable, isa, n);
     check_hinges(SoftmaxRows<double>::kTable, isa, n);
     check_conversions(Conversions<BFloat16>::kTable, isa, n);

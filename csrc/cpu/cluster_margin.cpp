@@ -9,13 +9,6 @@ namespace facelt::cpu {
 
 namespace {
 
-// Rows that a product adds to are filled up to whole vectors, those of the widest instruction set.
-template <class A>
-constexpr std::int64_t padded(std::int64_t n) {
-  constexpr std::int64_t kLanes = 64 / sizeof(A);
-  return (n + kLanes - 1) / kLanes * kLanes;
-}
-
 // Columns for each thread, where all samples have a part in each.
 std::int64_t columns_of_thread(std::int64_t dimensions, int threads) {
   constexpr std::int64_t kLeast = 64;
@@ -68,24 +61,20 @@ class BlockHinges {
               losses_};
   }
 
-  // Of `count` samples from the first of which all pointers are: rows of `width` similarities, and
-  // rows of gradients, which may be the same.
-  void run(std::int64_t count, const std::int64_t* own, const A* weights, const A* similarities,
-           std::int64_t width, A* gradients, A* losses) {
+  // The similarity of a block's sample and a cluster; all are to be set before a run.
+  A& term(std::int64_t sample, std::int64_t cluster) { return terms_[cluster * kSamples + sample]; }
+
+  // Of `count` samples, from the first of which all pointers are.
+  void run(std::int64_t count, const std::int64_t* own, const A* weights, A* gradients, A* losses) {
     for (std::int64_t i = 0; i < count; ++i) {
       own_cluster_[i] = static_cast<A>(own[i]);
       own_class_[i] = classes_[own[i]];
       factors_[i] = weights ? share_ * weights[i] : share_;
-      for (std::int64_t m = 0; m < clusters_; ++m) {
-        terms_[m * kSamples + i] = similarities[i * width + m];
-      }
     }
     softmax_kernels<A>().hinges(block_);
     for (std::int64_t i = 0; i < count; ++i) {
       losses[i] = losses_[i];
-      for (std::int64_t m = 0; m < clusters_; ++m) {
-        gradients[i * clusters_ + m] = terms_[m * kSamples + i];
-      }
+      for (std::int64_t m = 0; m < clusters_; ++m) gradients[i * clusters_ + m] = term(i, m);
     }
   }
 
@@ -120,9 +109,6 @@ class Forward {
     if (!given_) sort_samples();
     if (part == Part::kBeforeProducts) return;
     classes_ = numbered_classes<A>(cluster_class, b_.state.counts, b_.clusters);
-    if (given_) return;
-    width_ = padded<A>(b_.clusters);
-    columns_.resize(b_.dimensions * width_);
   }
 
   void centroids() {
@@ -135,26 +121,23 @@ class Forward {
       if (!b_.options.normalize) continue;
       row_kernels<A>().scale(mean, b_.state.inverse_norms[m], mean, dimensions);
     }
-    if (columns_.empty()) return;
-#pragma omp for schedule(static)
-    for (std::int64_t d = 0; d < dimensions; ++d) {
-      for (std::int64_t m = 0; m < b_.clusters; ++m) {
-        columns_[d * width_ + m] = b_.state.centroids[m * dimensions + d];
-      }
-    }
   }
 
   void hinges() {
     constexpr std::int64_t kSamples = BlockHinges<A>::kSamples;
     BlockHinges<A> hinges(classes_, b_.options, share_of_sample<A>(b_.options, b_.batch));
-    std::vector<A> rows(kSamples * width_);
 #pragma omp for schedule(static) nowait
     for (std::int64_t first = 0; first < b_.batch; first += kSamples) {
       const std::int64_t count = std::min(kSamples, b_.batch - first);
       A* const gradients = b_.state.gradient + first * b_.clusters;
-      if (!given_) multiply(first, count, rows.data());
-      hinges.run(count, b_.cluster_index + first, weights_ ? weights_ + first : nullptr,
-                 given_ ? gradients : rows.data(), given_ ? b_.clusters : width_, gradients,
+      if (given_) {
+        for (std::int64_t e = 0; e < count * b_.clusters; ++e) {
+          hinges.term(e / b_.clusters, e % b_.clusters) = gradients[e];
+        }
+      } else {
+        multiply(first, count, hinges);
+      }
+      hinges.run(count, b_.cluster_index + first, weights_ ? weights_ + first : nullptr, gradients,
                  losses_ + first);
     }
   }
@@ -171,11 +154,29 @@ class Forward {
     for (std::int64_t i = 0; i < b_.batch; ++i) order_[next[b_.cluster_index[i]]++] = i;
   }
 
-  void multiply(std::int64_t first, std::int64_t count, A* rows) {
-    std::fill_n(rows, count * width_, A(0));
-    row_kernels<A>().add_product({b_.features + first * b_.dimensions, b_.dimensions, 1,
-                                  columns_.data(), width_, rows, width_, count, b_.dimensions,
-                                  width_});
+  void multiply(std::int64_t first, std::int64_t count, BlockHinges<A>& hinges) {
+    const A *rows[kTile], *centroids[kTile];
+    A products[kTile * kTile];
+    for (std::int64_t i = 0; i < count; i += kTile) {
+      const std::int64_t samples = tile_rows(b_.features + first * b_.dimensions, i, count, rows);
+      for (std::int64_t m = 0; m < b_.clusters; m += kTile) {
+        const std::int64_t clusters = tile_rows(b_.state.centroids, m, b_.clusters, centroids);
+        row_kernels<A>().inner_products(rows, centroids, b_.dimensions, products);
+        for (std::int64_t e = 0; e < kTile * kTile; ++e) {
+          if (e / kTile >= samples || e % kTile >= clusters) continue;
+          hinges.term(i + e / kTile, m + e % kTile) = products[e];
+        }
+      }
+    }
+  }
+
+  // The rows of a tile, the last one repeated. Returns how many there are.
+  std::int64_t tile_rows(const A* x, std::int64_t begin, std::int64_t end, const A** rows) const {
+    const std::int64_t count = std::min<std::int64_t>(kTile, end - begin);
+    for (std::int64_t i = 0; i < kTile; ++i) {
+      rows[i] = x + (begin + std::min(i, count - 1)) * b_.dimensions;
+    }
+    return count;
   }
 
   const Batch<A> b_;
@@ -184,10 +185,6 @@ class Forward {
   bool given_;
   std::vector<std::int64_t> order_, offsets_;  // the samples by cluster, and where each begins
   std::vector<A> classes_;
-  // Where the products are made here, the centroids' side of them: [D, width], filled up with
-  // zeros.
-  std::int64_t width_ = 0;
-  std::vector<A> columns_;
 };
 
 // As of Forward.
@@ -231,43 +228,42 @@ class Backward {
   }
 
   void features() {
-    constexpr std::int64_t kSamples = 16;
-#pragma omp for schedule(static) nowait
-    for (std::int64_t first = 0; first < b_.batch; first += kSamples) {
-      const std::int64_t count = std::min(kSamples, b_.batch - first);
-      for (std::int64_t i = first; i < first + count; ++i) begin(i);
-      if (given_) continue;
-      row_kernels<A>().add_product({gradient_.data() + first * b_.clusters, b_.clusters, 1,
-                                    b_.state.centroids, b_.dimensions,
-                                    grad_features_ + first * b_.dimensions, b_.dimensions, count,
-                                    b_.clusters, b_.dimensions});
+    // As many rows as share columns of the centroids in a cache, if that leaves some to all
+    // threads.
+    constexpr std::int64_t kMost = 64;
+    const std::int64_t rows =
+        std::clamp<std::int64_t>((b_.batch + b_.threads - 1) / b_.threads, 1, kMost);
+#pragma omp for schedule(static)
+    for (std::int64_t i = 0; i < b_.batch; i += rows) {
+      const std::int64_t count = std::min(rows, b_.batch - i);
+      A* const grad = grad_features_ + i * b_.dimensions;
+      const A* shares[kMost];
+      for (std::int64_t j = 0; j < count; ++j) {
+        shares[j] = grad_centroids_ + b_.cluster_index[i + j] * b_.dimensions;
+      }
+      if (given_) {
+        for (std::int64_t j = 0; j < count; ++j) {
+          row_kernels<A>().add(shares[j], grad + j * b_.dimensions, b_.dimensions);
+        }
+      } else {
+        row_kernels<A>().product({gradient_.data() + i * b_.clusters, b_.clusters, 1,
+                                  b_.state.centroids, b_.dimensions, shares, grad, b_.dimensions,
+                                  count, b_.clusters, b_.dimensions});
+      }
     }
   }
 
  private:
   void multiply(std::int64_t d, std::int64_t width) {
-    for (std::int64_t m = 0; m < b_.clusters; ++m) {
-      std::fill_n(grad_centroids_ + m * b_.dimensions + d, width, A(0));
-    }
-    row_kernels<A>().add_product({gradient_.data(), 1, b_.clusters, b_.features + d, b_.dimensions,
-                                  grad_centroids_ + d, b_.dimensions, b_.clusters, b_.batch,
-                                  width});
+    row_kernels<A>().product({gradient_.data(), 1, b_.clusters, b_.features + d, b_.dimensions,
+                              nullptr, grad_centroids_ + d, b_.dimensions, b_.clusters, b_.batch,
+                              width});
   }
 
   // What a sample of a cluster gets of the gradient by its centroid.
   A share_of_sample(std::int64_t m) const {
     const std::int64_t count = b_.state.counts[m];
     return count > 0 ? b_.state.inverse_norms[m] / static_cast<A>(count) : A(0);
-  }
-
-  void begin(std::int64_t i) {
-    A* const grad = grad_features_ + i * b_.dimensions;
-    const A* const share = grad_centroids_ + b_.cluster_index[i] * b_.dimensions;
-    if (given_) {
-      row_kernels<A>().add(share, grad, b_.dimensions);
-    } else {
-      std::copy_n(share, b_.dimensions, grad);
-    }
   }
 
   const Batch<A> b_;

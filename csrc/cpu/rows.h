@@ -10,14 +10,15 @@ namespace facelt::cpu {
 
 constexpr int kTile = 4;
 
-// out[i][d] += the sum over r of factors[i, r] * rows[r][d], for matrices of few rows on one side,
-// where a library's product takes longer to begin than to end.
+// out[i][d] = bases[i][d] + the sum over r of factors[i, r] * rows[r][d], for matrices of few rows
+// on one side, where a library's product takes longer to begin than to end.
 template <class A>
 struct Product {
   const A* factors;
   std::int64_t output_stride, term_stride;  // of factors, along i and along r
   const A* rows;
   std::int64_t row_stride;
+  const A* const* bases;  // null for zeros
   A* out;
   std::int64_t out_stride;
   std::int64_t outputs, count, width;  // numbers of i, r and d
@@ -27,6 +28,8 @@ template <class A>
 struct RowKernels {
   // out[4 * i + j] = |a[i] - b[j]|^2 for four rows against four
   void (*squared_distances)(const A* const* a, const A* const* b, std::int64_t n, A* out);
+  // The same of a[i] . b[j]
+  void (*inner_products)(const A* const* a, const A* const* b, std::int64_t n, A* out);
   void (*add)(const A* x, A* sum, std::int64_t n);
   void (*scale)(const A* x, A factor, A* out, std::int64_t n);
   void (*add_scaled)(const A* x, A factor, A* out, std::int64_t n);  // out += factor * x
@@ -35,7 +38,7 @@ struct RowKernels {
   void (*add_scaled_difference)(const A* x, const A* y, A factor, A* out, std::int64_t n);
   bool (*all_finite)(const A* x, std::int64_t n);
   A (*dot)(const A* x, const A* y, std::int64_t n);
-  void (*add_product)(const Product<A>& product);
+  void (*product)(const Product<A>& product);
   // out = factor * (raw - c * v), where v = inverse_norm * x and c = v . raw: the gradient through
   // x / |x|. out may be raw.
   void (*project)(const A* raw, const A* x, A inverse_norm, A factor, A* out, std::int64_t n);
