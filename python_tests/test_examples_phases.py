@@ -394,3 +394,34 @@ def drawn(groups: SuperClasses, split: data.LongTailSplit, folder: Path, monkeyp
     aggregation_plots.plot_super_classes(groups, split, folder / "super_classes.png")
     assert (folder / "super_classes.png").stat().st_size > 1000
     return figures[0]
+
+
+@pytest.mark.parametrize("name", ["clmle", "lmle"])
+def test_batches_of_clusters_follow_the_features(split, name, monkeypatch):
+    """Each is of whole clusters, which are found anew; CLMLE's hardest come first."""
+    indices, batches = [], []
+
+    class Recorded(training.ClusterIndex):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.before = []
+            indices.append(self)
+
+        def refresh(self, features):
+            super().refresh(features)
+            self.before.append(self.assignments.clone())
+
+    class Sampled(training.ClusterBatchSampler):
+        def __iter__(self):
+            for batch in super().__iter__():
+                batches.append((self.clusters.assignments[batch], self.samples_per_cluster))
+                yield batch
+
+    monkeypatch.setattr(training, "ClusterIndex", Recorded)
+    monkeypatch.setattr(training, "ClusterBatchSampler", Sampled)
+    train(split, methods.METHODS[name], 20)
+    (index,) = indices
+    assert len(index.before) == 2 and batches
+    for clusters, size in batches:
+        assert all(len(own.unique()) == 1 for own in clusters.split(size))
+    assert index.sample_losses.isfinite().any() == (name == "clmle")

@@ -11,9 +11,11 @@ from torch import nn
 from facelt_ext import (
     AggregatedSoftmaxLoss,
     ArcFaceLoss,
+    CLMLELoss,
     CosFaceLoss,
     DispersionLoss,
     DomainBalancingLoss,
+    LMLELoss,
     ResidualBalancingModule,
 )
 from facelt_ext.aggregation import SuperClasses
@@ -21,7 +23,7 @@ from facelt_ext.aggregation import SuperClasses
 from .losses import CosFaceRangeLoss, SoftmaxLoss, SoftmaxRangeLoss, SumLoss
 from .model import EMBEDDING_SIZE, FaceNet
 
-Settings = dict[str, float | str]
+Settings = dict[str, float | str | list[float]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Phase:
         rate: what the learning rate is multiplied by.
         head_only: it sees the images of head identities alone.
         aggregated: its loss is made from super classes.
+        clustered: its batches are clusters of images, by the features that the network has.
     """
 
     make_loss: Callable[..., nn.Module]
@@ -59,6 +62,7 @@ class Phase:
     rate: float = 1.0
     head_only: bool = False
     aggregated: bool = False
+    clustered: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ class Method:
     def aggregated(self) -> bool:
         """A phase of it needs super classes."""
         return any(phase.aggregated for phase in self.phases)
+
+    @property
+    def clustered(self) -> bool:
+        """A phase of it has clusters for batches."""
+        return any(phase.clustered for phase in self.phases)
 
     @property
     def tells_head_from_tail(self) -> bool:
@@ -165,6 +174,14 @@ def dispersion_with_arcface(start: Start) -> SumLoss:
     return SumLoss(DispersionLoss.from_aggregated(aggregated, start.super_classes), arcface)
 
 
+def clustered(loss: Callable[..., nn.Module], settings: Settings) -> tuple[Phase, ...]:
+    """Softmax, and then a loss over clusters, which need features to be found by."""
+    return (
+        Phase(fresh(SoftmaxLoss), share=FIRST),
+        Phase(lambda start, **own: loss(**own), settings, SECOND, SECOND_RATE, clustered=True),
+    )
+
+
 # Scales, margins and weights come from coarse trials of 80 steps, with four seeds from 100 on,
 # on the 25 training identities of the ORL faces alone, nine of which stood in for unseen ones;
 # the highest mean of the report's seven figures won. Neither the 15 unseen identities nor the
@@ -189,6 +206,9 @@ def dispersion_with_arcface(start: Start) -> SumLoss:
 # - Aggregate-and-Disperse: four numbers of super classes in two tail groups, and one group. The
 #   fewer, the lower the mean (88.9 to 92.8; softmax 92.9); with one for each tail identity it is
 #   softmax. The package's own rule (91.1) was kept, as it does put identities together.
+# - CLMLE after softmax: 9 settings, between_margin -2 to 0.6, within_margin -1 to 0.1. But for the
+#   least they differed by less than 0.2: the log-sum over a dozen clusters keeps all hinges above
+#   0. Margins below the paper's bounds were taken. LMLE: 6 settings, g1 and g2 0 to 0.3, g3 0.1 to 1.
 # - ArcFace beside step II alone, where its weights have to start anew, gave lower means (90.3 and
 #   92.0, at rates of 0.2 and 0.5) than beside both steps (94.4 and 93.5).
 # - Random batches, which the paper has, gave lower means for softmax, ArcFace and all of two
@@ -197,6 +217,7 @@ def dispersion_with_arcface(start: Start) -> SumLoss:
 COSFACE = {"margin": 0.1, "scale": 64.0}
 ARCFACE = {"margin": 0.1, "scale": 64.0}
 FIRST, SECOND, SECOND_RATE = 0.4, 0.6, 0.5
+CLUSTER_SIZE = 4
 HEAD_ONLY = one_phase("head only", "", SoftmaxLoss, head_only=True)
 
 METHODS = {
@@ -221,6 +242,19 @@ METHODS = {
         DomainBalancingLoss,
         COSFACE | {"k": 5, "epsilon": "auto", "indicator_scale": 4.0, "rbm_weight": 0.01},
         balanced=True,
+    ),
+    "clmle": Method(
+        "softmax, then CLMLE",
+        "Huang et al., arXiv:1806.00194",
+        clustered(
+            CLMLELoss,
+            {"between_margin": 0.03, "within_margin": 0.1, "samples_per_cluster": CLUSTER_SIZE},
+        ),
+    ),
+    "lmle": Method(
+        "softmax, then LMLE",
+        "Huang et al., CVPR 2016",
+        clustered(LMLELoss, {"margins": [0.1, 0.1, 0.6], "samples_per_cluster": CLUSTER_SIZE}),
     ),
     "head-only": HEAD_ONLY,
     "head-then-all": Method(

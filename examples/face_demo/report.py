@@ -155,8 +155,8 @@ Images: {faces.source}.
 {skipped}
 A small CNN was trained on {len(split.train_labels)} images of {data["training_identities"]} \
 identities with each of {len(methods)} method(s), for each of {len(config["seeds"])} seed(s).
-All have the same number of steps and, where they see all identities, the same batches and
-augmentation.
+All have the same number of steps and, where they see all identities and draw no batches from
+clusters, the same batches and augmentation.
 A seed decides who is head and who is tail, which images are kept, the initial weights and the
 batches. {data["unseen_identities"]} identities were kept unseen.
 {left_out}

@@ -12,16 +12,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from facelt_ext import CLMLELoss
 from facelt_ext.aggregation import SuperClasses, aggregate, class_means
+from facelt_ext.clusters import ClusterIndex
 from facelt_ext.functional import class_ranges
-from facelt_ext.samplers import PKSampler
+from facelt_ext.samplers import ClusterBatchSampler, PKSampler
 
 from .data import LongTailSplit
 from .methods import HEAD_ONLY, Method, Phase, Start
-from .model import FaceNet, augment, network_input
+from .model import FaceNet, augment, embed, network_input
 
 CLASSES_PER_BATCH = 16
 SAMPLES_PER_CLASS = 4
+# Epochs after which the clusters are found anew.
+REFRESH = 6
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 5e-4
 
@@ -116,22 +120,31 @@ class Course:
         """Trains both, and adds to the curves."""
         if not epochs:
             return
+        labels = self.split.train_labels
+        seen = (labels < self._num_classes(phase)).nonzero()[:, 0]
+        clusters = None
         sampler = make_sampler(self.split, self._num_classes(phase), self.seed)
-        seen = self.split.train_labels < self._num_classes(phase)
-        images = TensorDataset(self.inputs[seen], self.split.train_labels[seen])
-        loader = DataLoader(images, batch_sampler=sampler)
+        if phase.clustered:
+            size = criterion.samples_per_cluster
+            clusters = ClusterIndex(labels, cluster_size=size, seed=self.seed)
+            sampler = make_cluster_sampler(clusters, size, len(sampler))
+        loader = DataLoader(
+            TensorDataset(self.inputs[seen], labels[seen], seen), batch_sampler=sampler
+        )
         rate = LEARNING_RATE * phase.rate
         parameters = [*network.parameters(), *criterion.parameters()]
         optimizer = torch.optim.Adam(parameters, rate, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, rate, total_steps=len(epochs) * len(sampler)
         )
-        network.train()
         criterion.train()
         for epoch in epochs:
+            if clusters is not None and (epoch - epochs.start) % REFRESH == 0:
+                clusters.refresh(embed(network, self.inputs))
+            network.train()
             sampler.set_epoch(epoch)
             sums = torch.zeros(2)
-            for batch, labels in loader:
+            for batch, labels, samples in loader:
                 labels = labels.to(self.device)
                 features, gate = network(augment(batch.to(self.device)))
                 loss = criterion(features, labels, *([] if gate is None else [gate]))
@@ -139,6 +152,8 @@ class Course:
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                if isinstance(criterion, CLMLELoss):
+                    clusters.update_losses(samples, criterion.sample_losses)
                 sums += torch.stack([loss.detach(), class_spread(features, labels)]).cpu()
             for name, value in zip(history, sums.tolist(), strict=True):
                 history[name].append(value / len(sampler))
@@ -165,4 +180,17 @@ def make_sampler(split: LongTailSplit, num_classes: int, seed: int) -> PKSampler
         batch_size // classes,
         num_batches=math.ceil(len(split.train_labels) / batch_size),
         seed=seed,
+    )
+
+
+def make_cluster_sampler(
+    clusters: ClusterIndex, samples_per_cluster: int, num_batches: int
+) -> ClusterBatchSampler:
+    """Batches of nearly as many images as the other methods have."""
+    return ClusterBatchSampler(
+        clusters,
+        clusters_per_batch=min(CLASSES_PER_BATCH, clusters.num_clusters),
+        samples_per_cluster=samples_per_cluster,
+        num_batches=num_batches,
+        seed=clusters.seed,
     )
