@@ -208,7 +208,8 @@ def clustered(loss: Callable[..., nn.Module], settings: Settings) -> tuple[Phase
 #   softmax. The package's own rule (91.1) was kept, as it does put identities together.
 # - CLMLE after softmax: 9 settings, between_margin -2 to 0.6, within_margin -1 to 0.1. But for the
 #   least they differed by less than 0.2: the log-sum over a dozen clusters keeps all hinges above
-#   0. Margins below the paper's bounds were taken. LMLE: 6 settings, g1 and g2 0 to 0.3, g3 0.1 to 1.
+#   0. Margins below the paper's bounds were taken. LMLE: 6 settings, g1 and g2 from 0 to 0.3, g3
+#   from 0.1 to 1.
 # - ArcFace beside step II alone, where its weights have to start anew, gave lower means (90.3 and
 #   92.0, at rates of 0.2 and 0.5) than beside both steps (94.4 and 93.5).
 # - Random batches, which the paper has, gave lower means for softmax, ArcFace and all of two
