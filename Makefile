@@ -13,6 +13,7 @@ NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.tom
 
 demo: $(VENV)/installed
 	$(RUN) examples/faces.py $(ARGS)
+	$(RUN) examples/attributes.py
 
 test: $(VENV)/installed
 	$(RUN) -m pytest $(ARGS)

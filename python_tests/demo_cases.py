@@ -13,7 +13,13 @@ for extra in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(extra, reason="needs the demo extra")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import attributes  # noqa: E402
 import faces as demo  # noqa: E402
+from attribute_demo import clusters as attribute_clusters  # noqa: E402
+from attribute_demo import data as attribute_data  # noqa: E402
+from attribute_demo import model as attribute_model  # noqa: E402
+from attribute_demo import report as attribute_report  # noqa: E402
+from attribute_demo import training as attribute_training  # noqa: E402
 from face_demo import (  # noqa: E402
     aggregation_plots,
     aggregation_report,
@@ -31,6 +37,12 @@ __all__ = [
     "Image",
     "aggregation_plots",
     "aggregation_report",
+    "attribute_clusters",
+    "attribute_data",
+    "attribute_model",
+    "attribute_report",
+    "attribute_training",
+    "attributes",
     "course",
     "data",
     "demo",

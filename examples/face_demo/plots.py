@@ -23,7 +23,7 @@ from .tables import METRICS, Figures, differences
 
 HEAD_COLOUR, TAIL_COLOUR = "#2f6f8f", "#e0a030"
 METHOD_COLOURS = ["#7a7a7a", "#c8553d", "#2f6f8f", "#5c9e5c", "#8a5fb0", "#e0a030"]
-METHOD_COLOURS += ["#202020", "#d9779f", "#4fb3c4", "#8b5a2b"]
+METHOD_COLOURS += ["#202020", "#d9779f", "#4fb3c4", "#8b5a2b", "#9aa531", "#37477d"]
 MAX_SHOWN_IDENTITIES = 20
 MAX_NAMED_IDENTITIES = 60
 FACES_SHOWN = 6

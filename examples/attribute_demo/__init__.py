@@ -1,0 +1,1 @@
+"""Parts of ``examples/attributes.py``: imbalanced attributes of real faces."""
