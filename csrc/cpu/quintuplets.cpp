@@ -25,7 +25,8 @@ class Mining {
       : s_(samples),
         threads_(threads),
         order_(samples.batch),
-        found_(threads * samples.batch * kNeighbors, Candidate<A>{A(0), kNoPair}) {
+        found_(threads * samples.batch * kNeighbors, Candidate<A>{A(0), kNoPair}),
+        nearest_(threads * samples.batch, std::numeric_limits<A>::infinity()) {
     std::iota(order_.begin(), order_.end(), std::int64_t{0});
   }
 
@@ -33,12 +34,17 @@ class Mining {
 
   void run(std::int64_t block) {
     Candidate<A>* const found = found_.data() + omp_get_thread_num() * s_.batch * kNeighbors;
+    A* const nearest = nearest_.data() + omp_get_thread_num() * s_.batch;
     visit_pair_block(s_.features, s_.dimensions, order_.data(), 0, s_.batch, block,
                      [&](std::int64_t a, std::int64_t b, A distance) {
-                       const bool same_class = s_.labels[a] == s_.labels[b];
-                       const bool same_cluster = same_class && s_.clusters[a] == s_.clusters[b];
-                       offer(same_class, same_cluster, {distance, b}, found + a * kNeighbors);
-                       offer(same_class, same_cluster, {distance, a}, found + b * kNeighbors);
+                       if (s_.labels[a] == s_.labels[b]) {
+                         const bool same_cluster = s_.clusters[a] == s_.clusters[b];
+                         offer(true, same_cluster, {distance, b}, found + a * kNeighbors);
+                         offer(true, same_cluster, {distance, a}, found + b * kNeighbors);
+                       } else {
+                         meet(distance, b, found + a * kNeighbors, nearest + a);
+                         meet(distance, a, found + b * kNeighbors, nearest + b);
+                       }
                      });
   }
 
@@ -54,10 +60,18 @@ class Mining {
   }
 
  private:
+  // Nearly all pairs are of two classes, and nearly none is nearer than all before.
+  static void meet(A distance, std::int64_t other, Candidate<A>* found, A* nearest) {
+    if (distance > *nearest) return;
+    offer(kOtherNearest, {distance, other}, found);
+    *nearest = found[kOtherNearest].distance;
+  }
+
   const Samples<A> s_;
   int threads_;
   std::vector<std::int64_t> order_;
   std::vector<Candidate<A>> found_;
+  std::vector<A> nearest_;  // the distance of kOtherNearest, infinite before there is one
 };
 
 template <class A>
