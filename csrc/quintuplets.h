@@ -16,10 +16,13 @@ struct QuintupletOptions {
 // class, the nearest of another class.
 enum Neighbor { kClusterFarthest, kClassNearest, kClassFarthest, kOtherNearest, kNeighbors };
 
+FACELT_HOST_DEVICE bool is_farthest(int neighbor) {
+  return neighbor == kClusterFarthest || neighbor == kClassFarthest;
+}
+
 template <class A>
 FACELT_HOST_DEVICE bool precedes(int neighbor, const Candidate<A>& x, const Candidate<A>& y) {
-  const bool farthest = neighbor == kClusterFarthest || neighbor == kClassFarthest;
-  return farthest ? is_larger(x, y) : is_smaller(x, y);
+  return is_farthest(neighbor) ? is_larger(x, y) : is_smaller(x, y);
 }
 
 template <class A>

@@ -72,6 +72,10 @@ void check_rows(const RowKernels<A>& kernels, const char* isa, std::int64_t n) {
   A dot = 0, along = 0;
   for (std::int64_t d = 0; d < n; ++d) dot += a[0][d] * b[0][d];
   expect(kernels.dot(a[0].data(), b[0].data(), n) == dot, isa, "dot", n);
+  A distance = 0;
+  for (std::int64_t d = 0; d < n; ++d) distance += (a[0][d] - b[0][d]) * (a[0][d] - b[0][d]);
+  expect(kernels.squared_distance(a[0].data(), b[0].data(), n) == distance, isa, "squared_distance",
+         n);
   // raw - (raw . v) v with v = x / 4, times 2; in place too.
   for (std::int64_t d = 0; d < n; ++d) along += a[0][d] * b[1][d] / 4;
   std::vector<A> projected(n), in_place = a[0];

@@ -50,14 +50,19 @@ class RowBlock {
   std::vector<A> buffer_;
 };
 
-// Visits the pairs (i, j), begin <= i < j < end, whose i lies in block `block` of that interval.
-// What is visited, and in which order, depends on nothing but the arguments.
+// Of four rows against four a number for each pair, as RowKernels has them.
+template <class A>
+using TileKernel = void (*)(const A* const* a, const A* const* b, std::int64_t n, A* out);
+
+// Visits the pairs (i, j), begin <= i < j < end, whose i lies in block `block` of that interval,
+// with what `kernel` says of them. What is visited, and in which order, depends on nothing but the
+// arguments.
 template <class T, class Visit>
 void visit_pair_block(const T* x, std::int64_t dimensions, const std::int64_t* order,
-                      std::int64_t begin, std::int64_t end, std::int64_t block, Visit&& visit) {
+                      std::int64_t begin, std::int64_t end, std::int64_t block, Visit&& visit,
+                      TileKernel<Compute<T>> kernel = row_kernels<Compute<T>>().squared_distances) {
   using A = Compute<T>;
   RowBlock<T> first, second;
-  const RowKernels<A>& kernels = row_kernels<A>();
   const std::int64_t i_begin = begin + block * kBlockRows;
   const std::int64_t i_end = std::min(i_begin + kBlockRows, end);
   first.load(x, dimensions, order, i_begin, end);
@@ -67,12 +72,11 @@ void visit_pair_block(const T* x, std::int64_t dimensions, const std::int64_t* o
     for (std::int64_t i = i_begin; i < i_end; i += kTile) {
       for (std::int64_t j = j_begin; j < j_end; j += kTile) {
         if (j + kTile <= i + 1) continue;  // wholly below the diagonal
-        A distances[kTile * kTile];
-        kernels.squared_distances(first.rows() + (i - i_begin), second.rows() + (j - j_begin),
-                                  dimensions, distances);
+        A numbers[kTile * kTile];
+        kernel(first.rows() + (i - i_begin), second.rows() + (j - j_begin), dimensions, numbers);
         for (std::int64_t a = i; a < std::min(i + kTile, i_end); ++a) {
           for (std::int64_t b = std::max(j, a + 1); b < std::min(j + kTile, j_end); ++b) {
-            visit(a, b, distances[kTile * (a - i) + (b - j)]);
+            visit(a, b, numbers[kTile * (a - i) + (b - j)]);
           }
         }
       }

@@ -38,6 +38,7 @@ struct RowKernels {
   void (*add_scaled_difference)(const A* x, const A* y, A factor, A* out, std::int64_t n);
   bool (*all_finite)(const A* x, std::int64_t n);
   A (*dot)(const A* x, const A* y, std::int64_t n);
+  A (*squared_distance)(const A* x, const A* y, std::int64_t n);
   void (*product)(const Product<A>& product);
   // out = factor * (raw - c * v), where v = inverse_norm * x and c = v . raw: the gradient through
   // x / |x|. out may be raw.
