@@ -8,7 +8,7 @@ from cluster_cases import MARGINS, loss_of, random_case, run, truth
 from conftest import CPU
 
 import facelt_ext
-from facelt_ext import _native, functional
+from facelt_ext import _C, _native, functional
 from facelt_ext.functional.cluster_margin import ClusterMarginFunction
 
 OPS = torch.ops.facelt_ext
@@ -308,3 +308,29 @@ def test_the_inputs_are_never_written(place):
     losses.backward(case.upstream)
     after = (x.detach(), case.cluster_index, case.cluster_class)
     assert all(map(torch.equal, after, before))
+
+
+@pytest.mark.emulation
+@pytest.mark.parametrize("clusters", [5, 40])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_at_most_four_launches(clusters, reduction):
+    case = random_case(14, 20, clusters, 9).to(torch.float32)
+    x = case.features.requires_grad_()
+    with facelt_ext.use_backend("emulated"):
+        before = _C.emulated.launches()
+        loss = loss_of(case, reduction=reduction)(x)
+        forward = _C.emulated.launches()
+        loss.sum().backward()
+    assert (forward - before, _C.emulated.launches() - forward) == (2, 2)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_the_native_function_refuses_a_part_that_there_is_not(place, wrong):
+    case = random_case(15, 6, 3, 4).to(torch.float32, place.device)
+    outputs = [torch.zeros(n, device=place.device) for n in (1, 6, 6 * 3 + 3 * 4 + 3)]
+    with pytest.raises(ValueError, match=f"part: expected 0, 1 or 2, got {wrong}"):
+        _native.run(
+            place.backend, case.features, "cluster_margin_forward", case.features,
+            case.cluster_index, case.cluster_class, None, (0.3, 0.1, False, 2), wrong, *outputs,
+            torch.zeros(4, dtype=torch.int64, device=place.device),
+        )  # fmt: skip
