@@ -75,8 +75,8 @@ All have {config["steps"]} steps of as many images and the same augmentation.
 - **Over-sampling**: batches with as many images with an attribute as without. What balances one
   attribute does not balance another, so they take turns.
 - **Cost-sensitive**: cross-entropy whose samples weigh by the inverse frequency of their attribute.
-- **CLMLE**: cost-sensitive cross-entropy for the first steps, then a CLMLE head for each attribute,
-  which classify by the nearest clusters.
+- **CLMLE**: cost-sensitive cross-entropy for the first steps, then a CLMLE loss for each head, and
+  classification by the nearest clusters.
 
 People are few: four are bald, and four are women. Differences of a few points are chance.
 """,
