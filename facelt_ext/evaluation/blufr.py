@@ -1,0 +1,160 @@
+"""BLUFR: verification and open-set identification at low false accept rates, in trials."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from facelt_ext._checks import check_count
+from facelt_ext.evaluation._arrays import Array, indices, integers, unit_features
+from facelt_ext.evaluation.identification import open_set_identification
+from facelt_ext.evaluation.operating_points import all_pairs_tar_at_far
+
+
+class Trial(NamedTuple):
+    """One trial of BLUFR: which images it compares.
+
+    Attributes:
+        test: integers [T], all unordered pairs of which are verified.
+        gallery: integers [G].
+        probes: integers [P]; those whose identity is not in the gallery are unknown.
+    """
+
+    test: Tensor
+    gallery: Tensor
+    probes: Tensor
+
+
+class BLUFR(NamedTuple):
+    """The rates of each trial, float64 [trials], at the false accept rates that were asked for.
+
+    The benchmark's figures are the means less the sample standard deviations over the trials.
+    """
+
+    verification: Tensor
+    identification: Tensor
+
+    @property
+    def verification_rate(self) -> float:
+        """Mean - standard deviation of the verification rates."""
+        return float(self.verification.mean() - self.verification.std())
+
+    @property
+    def detection_identification_rate(self) -> float:
+        """Mean - standard deviation of the DIR."""
+        return float(self.identification.mean() - self.identification.std())
+
+
+def blufr(
+    features: Array,
+    labels: Array,
+    trials: Sequence[Trial],
+    verification_far: float = 1e-3,
+    identification_far: float = 1e-2,
+) -> BLUFR:
+    """The Benchmark of Large-scale Unconstrained Face Recognition (Liao et al., IJCB 2014).
+
+    In each of ten trials: the verification rate over all pairs of the test images at FAR = 0.1 %,
+    and the rank-1 DIR of the probes in the gallery at FAR = 1 %. Thresholds are those of
+    `all_pairs_tar_at_far` and `open_set_identification`; the benchmark's own code rounds the number
+    of false accepts to the nearest instead of down, and so may allow one more.
+
+    Args:
+        features: [N, D], of any lengths, of all images in the order of the list.
+        labels: integers [N].
+        trials: two or more, from `read_blufr` or `random_trials`.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes or ranges; fewer than two trials; a trial without
+            pairs or probes of both kinds.
+    """
+    features = unit_features(features, "features")
+    labels = integers(labels, "labels", len(features), features)
+    if len(trials) < 2:
+        raise ValueError(f"trials: expected at least two, got {len(trials)}")
+    found = []
+    for number, trial in enumerate(trials):
+        test, gallery, probes = (
+            indices(value, f"{name} of trial {number}", len(features), features)
+            for name, value in trial._asdict().items()
+        )
+        verified = all_pairs_tar_at_far(features[test], labels[test], verification_far)
+        identified = open_set_identification(
+            features[gallery], labels[gallery], features[probes], labels[probes], identification_far
+        )
+        found.append((float(verified.tar[0]), float(identified.dir[0])))
+    return BLUFR(*torch.tensor(found, dtype=torch.float64).unbind(1))
+
+
+def read_blufr(path: str | os.PathLike) -> tuple[list[str], Tensor, list[Trial]]:
+    """The list of images, their labels and the trials of a `blufr_*_config.mat`.
+
+    Args:
+        path: the file that comes with the benchmark (imageList, labels, testIndex, galIndex,
+            probIndex; its indices begin with 1).
+
+    Raises:
+        ImportError: scipy is not installed.
+        ValueError: a variable is missing.
+    """
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ImportError(
+            "reading the trials needs scipy; pip install 'facelt_ext[evaluation]'"
+        ) from error
+    content = loadmat(path)
+    wanted = ("imageList", "labels", "testIndex", "galIndex", "probIndex")
+    missing = [name for name in wanted if name not in content]
+    if missing:
+        raise ValueError(f"{path}: expected the variables {', '.join(wanted)}; no {missing[0]}")
+    images = [str(each.item()) for each in content["imageList"].flatten()]
+    labels = torch.from_numpy(content["labels"].astype(np.int64).flatten())
+    parts = [
+        [torch.from_numpy(each.astype(np.int64).flatten() - 1) for each in content[name].flatten()]
+        for name in wanted[2:]
+    ]
+    return images, labels, [Trial(*each) for each in zip(*parts, strict=True)]
+
+
+def random_trials(labels: Array, num_trials: int = 10, seed: int = 0) -> list[Trial]:
+    """Trials in the manner of BLUFR for images of one's own, none of which was trained on.
+
+    All images are verified. Of half of the identities with two images or more, drawn for each
+    trial, one image is in the gallery and all others are probes; all images of the other
+    identities are unknown probes.
+
+    Args:
+        labels: integers [N].
+        num_trials: at least 2.
+        seed: of all draws.
+
+    Raises:
+        ValueError: fewer than two identities, or none with two images.
+    """
+    labels = integers(labels, "labels").cpu()
+    check_count(num_trials, "num_trials", minimum=2)
+    generator = torch.Generator().manual_seed(seed)
+    identities, sizes = labels.unique(return_counts=True)
+    several = identities[sizes > 1]
+    if len(identities) < 2 or len(several) == 0:
+        raise ValueError(
+            f"labels: expected two identities or more, one of them with two images, got "
+            f"{len(identities)} and {len(several)}"
+        )
+    trials = []
+    for _ in range(num_trials):
+        chosen = several[torch.randperm(len(several), generator=generator)]
+        chosen = chosen[: max(1, len(chosen) // 2)]
+        shuffled = torch.randperm(len(labels), generator=generator)
+        first = torch.stack([shuffled[labels[shuffled] == each][0] for each in chosen])
+        others = torch.ones(len(labels), dtype=torch.bool)
+        others[first] = False
+        everything = torch.arange(len(labels))
+        trials.append(Trial(everything, first.sort().values, everything[others]))
+    return trials

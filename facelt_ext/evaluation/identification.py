@@ -1,0 +1,276 @@
+"""Search in a gallery: ranks, CMC, distractors, and open-set identification."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from facelt_ext._checks import check_count
+from facelt_ext.evaluation._arrays import (
+    BLOCK_COLUMNS,
+    Array,
+    blocks,
+    integers,
+    rates,
+    unit_features,
+)
+from facelt_ext.evaluation.operating_points import accept_threshold
+from facelt_ext.evaluation.verification import pair_scores
+
+
+class OpenSetPoints(NamedTuple):
+    """One entry for each rate that was asked for, float64 [F] on the CPU.
+
+    Attributes:
+        far: the share of unknown probes that are accepted: the highest no larger than asked.
+        dir: the detection and identification rate there.
+        threshold: probes that score **above** it are accepted.
+    """
+
+    far: Tensor
+    dir: Tensor
+    threshold: Tensor
+
+
+def identification_ranks(
+    gallery: Array,
+    gallery_labels: Array,
+    probes: Array,
+    probe_labels: Array,
+    distractors: Array | None = None,
+) -> Tensor:
+    """The rank of the right identity among all that a probe is compared with.
+
+    The rank of a probe is one more than the number of images of other identities, distractors
+    among them, that score at least as high as the best image of its own: of equal scores the right
+    one comes last.
+
+    Args:
+        gallery: [G, D], of any lengths; scores are cosines.
+        gallery_labels: integers [G].
+        probes: [P, D].
+        probe_labels: integers [P], each of which is in the gallery.
+        distractors: [M, D], images of nobody in the gallery or among the probes. They may lie on
+            the CPU, or in a memory-mapped array, while the rest is on a GPU: a million are taken
+            in blocks.
+
+    Returns:
+        int64 [P], from 1 on, on the probes' device.
+
+    Raises:
+        TypeError, ValueError: wrong types or shapes; features that are not finite; a probe whose
+            identity is not in the gallery.
+    """
+    known = _Gallery(gallery, gallery_labels, probes, probe_labels)
+    mate = known.best_mates()
+    missing = mate == -torch.inf
+    if missing.any():
+        row = int(missing.nonzero()[0])
+        raise ValueError(
+            f"probe_labels: expected identities of the gallery, got "
+            f"{int(known.probe_labels[row])} at position {row}"
+        )
+    return known.ranks(mate) + _count_distractors(known.probes, mate, distractors)
+
+
+def distractor_ranks(features: Array, labels: Array, distractors: Array) -> Tensor:
+    """Ranks of all pairs of a probe and one mate among distractors, the protocol of MegaFace.
+
+    Each image in turn is put, alone of its identity, into a gallery of the distractors, and each
+    other image of the identity looks for it (Kemelmacher-Shlizerman et al., CVPR 2016). The rank is
+    one more than the number of distractors that score at least as high. `cmc` of the result at 1
+    is MegaFace's rank-1.
+
+    Args:
+        features: [N, D], images of the probe set (of FaceScrub, for MegaFace).
+        labels: integers [N]; identities of one image are in no pair.
+        distractors: [M, D]; as of `identification_ranks`.
+
+    Returns:
+        int64 [R], of the sum of n (n - 1) ordered pairs, by probe, then by mate.
+
+    Raises:
+        TypeError, ValueError: wrong types or shapes; features that are not finite; no identity
+            with two images.
+    """
+    features = unit_features(features, "features")
+    labels = integers(labels, "labels", len(features), features)
+    order = labels.argsort(stable=True)
+    sizes = labels.unique(return_counts=True)[1].cpu()
+    probe, mate = [], []
+    for members in order.split(sizes.tolist()):
+        one, other = torch.meshgrid(members, members, indexing="ij")
+        different = one != other
+        probe.append(one[different])
+        mate.append(other[different])
+    probe, mate = torch.cat(probe), torch.cat(mate)
+    if len(probe) == 0:
+        raise ValueError("labels: expected an identity with at least two images, got none")
+    order = (probe * len(labels) + mate).argsort()
+    probe, mate = probe[order], mate[order]
+    scores = pair_scores(features, probe, mate)
+    return 1 + _count_above_many(features, probe, scores, distractors)
+
+
+def cmc(ranks: Array, max_rank: int = 20) -> Tensor:
+    """The cumulative match characteristic: the share of ranks of at most 1, 2, ..., `max_rank`.
+
+    Args:
+        ranks: integers [P], from 1 on, P at least 1.
+        max_rank: at least 1.
+
+    Returns:
+        float64 [max_rank] on the CPU; entry k - 1 is the rank-k identification rate.
+    """
+    check_count(max_rank, "max_rank")
+    ranks = integers(ranks, "ranks").cpu()
+    if len(ranks) == 0 or int(ranks.min()) < 1:
+        raise ValueError(
+            f"ranks: expected at least one, from 1 on, got {len(ranks)}"
+            + (f", the least {int(ranks.min())}" if len(ranks) else "")
+        )
+    counts = ranks.clamp(max=max_rank + 1).bincount(minlength=max_rank + 2)
+    return counts[1 : max_rank + 1].cumsum(0).double() / len(ranks)
+
+
+def open_set_identification(
+    gallery: Array,
+    gallery_labels: Array,
+    probes: Array,
+    probe_labels: Array,
+    far: float | Sequence[float] = 0.01,
+    rank: int = 1,
+) -> OpenSetPoints:
+    """Detection and identification rate (DIR) at a false accept rate.
+
+    Probes whose identity is not in the gallery are unknown. The threshold is such that the best
+    scores of at most `far` of them lie above it. DIR is the share of the known probes whose rank
+    (see `identification_ranks`) is at most `rank` and whose right image scores above the threshold
+    (Phillips et al. 2011; Liao et al., BLUFR, IJCB 2014).
+
+    Args:
+        gallery, gallery_labels, probes: as of `identification_ranks`.
+        probe_labels: integers [P], known and unknown ones.
+        far: in [0, 1], one or several.
+        rank: at least 1.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes or ranges; no known or no unknown probe.
+    """
+    wanted = rates(far, "far")
+    check_count(rank, "rank")
+    everyone = _Gallery(gallery, gallery_labels, probes, probe_labels)
+    mate = everyone.best_mates()
+    unknown = mate == -torch.inf
+    if unknown.all() or not unknown.any():
+        raise ValueError(
+            f"probe_labels: expected known and unknown identities, got {int((~unknown).sum())} "
+            f"probe(s) of the gallery's and {int(unknown.sum())} of others"
+        )
+    rightly = mate[~unknown][everyone.ranks(mate)[~unknown] <= rank]
+    best = everyone.best_scores()[unknown].sort(descending=True).values
+    points = []
+    for each in wanted:
+        threshold = accept_threshold(best, len(best), each)
+        accepted = float((best > threshold).double().mean())
+        detected = int((rightly > threshold).sum())
+        points.append((accepted, detected / int((~unknown).sum()), threshold))
+    return OpenSetPoints(*torch.tensor(points, dtype=torch.float64).unbind(1))
+
+
+class _Gallery:
+    """Probes and a gallery, compared block by block; each method multiplies them once."""
+
+    def __init__(
+        self, gallery: Array, gallery_labels: Array, probes: Array, probe_labels: Array
+    ) -> None:
+        self.probes = unit_features(probes, "probes")
+        self.gallery = unit_features(gallery, "gallery", self.probes.shape[1]).to(self.probes)
+        self.labels = integers(gallery_labels, "gallery_labels", len(self.gallery), self.probes)
+        self.probe_labels = integers(probe_labels, "probe_labels", len(self.probes), self.probes)
+        if len(self.gallery) == 0 or len(self.probes) == 0:
+            raise ValueError(
+                f"gallery and probes: expected at least one image in each, got "
+                f"{len(self.gallery)} and {len(self.probes)}"
+            )
+
+    def best_mates(self) -> Tensor:
+        """[P], the best score of images of the probe's identity; -inf where there is none."""
+        best = torch.full_like(self.probes[:, 0], -torch.inf)
+        for top, left, scores in blocks(self.probes, self.gallery):
+            own = scores.masked_fill(~self._same(top, left, scores), -torch.inf)
+            part = best[top : top + len(scores)]
+            torch.maximum(part, own.amax(1), out=part)
+        return best
+
+    def best_scores(self) -> Tensor:
+        """[P], the best score in the gallery."""
+        best = torch.full_like(self.probes[:, 0], -torch.inf)
+        for top, _, scores in blocks(self.probes, self.gallery):
+            part = best[top : top + len(scores)]
+            torch.maximum(part, scores.amax(1), out=part)
+        return best
+
+    def ranks(self, mate: Tensor) -> Tensor:
+        """int64 [P], one more than the images of others that score at least `mate`."""
+        ranks = torch.ones(len(mate), dtype=torch.int64, device=mate.device)
+        for top, left, scores in blocks(self.probes, self.gallery):
+            part = slice(top, top + len(scores))
+            others = (scores >= mate[part, None]) & ~self._same(top, left, scores)
+            ranks[part] += others.sum(1)
+        return ranks
+
+    def _same(self, top: int, left: int, scores: Tensor) -> Tensor:
+        rows, columns = scores.shape
+        return self.probe_labels[top : top + rows, None] == self.labels[left : left + columns]
+
+
+def _distractor_blocks(features: Tensor, distractors: Array) -> Iterator[tuple[int, Tensor]]:
+    """As `blocks`, of distractors that need not fit where the features are."""
+    for first in range(0, len(distractors), BLOCK_COLUMNS):
+        some = unit_features(
+            distractors[first : first + BLOCK_COLUMNS], "distractors", features.shape[1]
+        )
+        for top, _, scores in blocks(features, some.to(features)):
+            yield top, scores
+
+
+def _count_distractors(probes: Tensor, mate: Tensor, distractors: Array | None) -> Tensor:
+    """int64 [P], the distractors that score at least `mate`."""
+    counts = torch.zeros(len(mate), dtype=torch.int64, device=mate.device)
+    if distractors is not None:
+        for top, scores in _distractor_blocks(probes, distractors):
+            part = slice(top, top + len(scores))
+            counts[part] += (scores >= mate[part, None]).sum(1)
+    return counts
+
+
+def _count_above_many(
+    features: Tensor, probe: Tensor, scores: Tensor, distractors: Array
+) -> Tensor:
+    """int64 [R]: of the probe of each pair, the distractors that score at least `scores`.
+
+    Args:
+        probe: int64 [R], ascending.
+    """
+    probes, row, sizes = probe.unique(return_inverse=True, return_counts=True)
+    starts = sizes.cumsum(0) - sizes
+    column = torch.arange(len(probe), device=probe.device) - starts[row]
+    mates = int(sizes.max())
+    table = torch.full((len(probes), mates), torch.inf, dtype=scores.dtype, device=scores.device)
+    table[row, column] = scores
+    table, place = table.sort(dim=1)
+    # Entry j: the distractors that score at least mate j - 1 but less than mate j, ascending.
+    between = torch.zeros(len(probes), mates + 1, dtype=torch.int64, device=scores.device)
+    for top, block in _distractor_blocks(features[probes], distractors):
+        part = slice(top, top + len(block))
+        passed = torch.searchsorted(table[part], block, right=True)
+        offset = torch.arange(len(block), device=passed.device)[:, None] * (mates + 1)
+        counts = (passed + offset).flatten().bincount(minlength=len(block) * (mates + 1))
+        between[part] += counts.view(len(block), mates + 1)
+    at_least = between.flip(1).cumsum(1).flip(1)[:, 1:]
+    result = torch.empty_like(at_least).scatter_(1, place, at_least)
+    return result[row, column]
