@@ -172,7 +172,7 @@ def read_folder(folder: Path) -> FaceImages:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     images, labels, names, skipped = [], [], [], []
-    people = sorted((path for path in folder.iterdir() if path.is_dir()), key=_natural)
+    people = sorted((path for path in folder.iterdir() if path.is_dir()), key=natural_order)
     for person in tqdm(people, desc="reading", unit="identity", leave=False):
         found = _read_person(person, skipped)
         if found:
@@ -190,7 +190,7 @@ def read_folder(folder: Path) -> FaceImages:
 def _read_person(person: Path, skipped: list[str]) -> list[np.ndarray]:
     """The readable images of one sub-folder; what is not is reported and added to ``skipped``."""
     images = []
-    for path in sorted(person.iterdir(), key=_natural):
+    for path in sorted(person.iterdir(), key=natural_order):
         if path.name.startswith(".") or path.is_dir():
             continue
         try:
@@ -203,7 +203,7 @@ def _read_person(person: Path, skipped: list[str]) -> list[np.ndarray]:
     return images
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def natural_order(path: Path) -> list[tuple[int, str]]:
     """Sorts s2 before s10."""
     return [
         (int(part or 0), "") if part.isdigit() else (0, part)

@@ -1,0 +1,1 @@
+"""What examples/train_faces.py is made of."""
