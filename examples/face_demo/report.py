@@ -6,17 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from facelt_ext.aggregation import SuperClasses
+from facelt_ext.clusters import ClusterIndex
 
 from . import aggregation_report
 from .data import FaceImages, LongTailSplit
 from .methods import Method
 from .metrics import Pairs
-from .tables import METRICS, Figures, differences, summarise
+from .tables import METRICS, Figures, differences, summarise, table
 
 EXPLANATION = """\
 All scores are cosines of features; figures are in per cent, mean ± standard deviation over the
@@ -48,6 +50,9 @@ class Run:
         unseen_pairs, unseen_features: scores and features of the unseen faces.
         indicators: domain frequency indicators of the training identities, if the loss has any.
         super_classes: that the method put tail identities into, if it does.
+        milliseconds: wall time of a step of the last phase, and of its loss alone.
+        clusters: that the method drew batches from, if it does.
+        train_features: of the training images.
     """
 
     history: dict[str, list[float]]
@@ -56,6 +61,14 @@ class Run:
     unseen_features: Tensor
     indicators: Tensor | None
     super_classes: SuperClasses | None
+    milliseconds: dict[str, float]
+    clusters: ClusterIndex | None
+    train_features: Tensor
+
+
+def first_clustered(runs: Mapping[str, Sequence[Run]]) -> str | None:
+    """The first method that drew its batches from clusters."""
+    return next((title for title, own in runs.items() if own[0].clusters is not None), None)
 
 
 def first_super_classes(runs: Mapping[str, Sequence[Run]]) -> SuperClasses | None:
@@ -108,7 +121,8 @@ def write_json(
 def _describe_run(seed: int, run: Run) -> dict:
     indicators = {} if run.indicators is None else {"indicators": run.indicators.tolist()}
     grouped = {} if run.super_classes is None else {"super_classes": _members(run.super_classes)}
-    return {"seed": seed, "figures": run.figures, "history": run.history, **indicators, **grouped}
+    measured = {"figures": run.figures, "milliseconds": run.milliseconds, "history": run.history}
+    return {"seed": seed, **measured, **indicators, **grouped}
 
 
 def _members(super_classes: SuperClasses) -> list[list[int]]:
@@ -186,7 +200,14 @@ identity, averaged over the identities of a batch. A loss of two phases begins a
 while a method sees the head only, its curves are of the head.
 
 ![Curves of the training](training.png)
-{_indicator_section(config, split, runs)}
+
+## Time
+
+Wall time on {config["device"]} with {config["threads"]} thread(s): of a step of the last phase,
+whole, and of the loss alone, forward and backward, on one of its batches; medians over the seeds.
+
+{time_table(runs)}
+{_cluster_section(config, runs)}{_indicator_section(config, split, runs)}
 ## Verification of unseen identities
 
 Mean over the seeds.
@@ -201,6 +222,37 @@ t-SNE of seed {config["seeds"][0]}; a colour is an identity.
 """,
         encoding="utf-8",
     )
+
+
+def time_table(runs: Mapping[str, Sequence[Run]]) -> str:
+    """Milliseconds of a step and of the loss of each method."""
+    lines = [
+        [
+            title,
+            *(f"{median(run.milliseconds[part] for run in own):.2f}" for part in ("step", "loss")),
+        ]
+        for title, own in runs.items()
+        if all(run.milliseconds for run in own)
+    ]
+    return table(["method", "a step, ms", "the loss in it, ms"], lines)
+
+
+def _cluster_section(config: dict, runs: Mapping[str, Sequence[Run]]) -> str:
+    """Empty where no method drew batches from clusters."""
+    title = first_clustered(runs)
+    if title is None:
+        return ""
+    clusters = runs[title][0].clusters
+    return f"""
+## Clusters
+
+The {clusters.num_clusters} clusters of the {len(clusters.labels)} training images that the method
+"{title}" drew its last batches from, seed {config["seeds"][0]}; t-SNE of the features after the
+training. Identities with twice {clusters.cluster_size} images and more have several clusters. A
+colour is an identity, a cross the centre of a cluster.
+
+![Clusters of the training images](clusters.png)
+"""
 
 
 def _list_of_methods(methods: Mapping[str, Method]) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import time
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
@@ -34,11 +37,21 @@ History = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network, its last loss, and the curves of the loss and of the class spread."""
+    """A trained network and what came of its training.
+
+    Attributes:
+        network, criterion: as the last phase left them.
+        history: curves of the loss and of the class spread.
+        milliseconds: wall time of a ``step`` of the last phase, and of the ``loss`` alone, forward
+            and backward, on the last batch.
+        clusters: that the last phase drew its batches from, if it did.
+    """
 
     network: FaceNet
     criterion: nn.Module
     history: History
+    milliseconds: dict[str, float]
+    clusters: ClusterIndex | None
 
 
 class Course:
@@ -100,8 +113,8 @@ class Course:
                     network = method.make_network().to(self.device)
                 criterion = phase.make_loss(self._start(phase, criterion), **phase.settings)
             criterion.to(self.device)
-            self._train_phase(network, criterion, phase, epochs, history)
-        return Trained(network, criterion, history)
+            milliseconds, clusters = self._train_phase(network, criterion, phase, epochs, history)
+        return Trained(network, criterion, history, milliseconds, clusters)
 
     def _start(self, phase: Phase, previous: nn.Module | None) -> Start:
         return Start(
@@ -116,10 +129,10 @@ class Course:
 
     def _train_phase(
         self, network: FaceNet, criterion: nn.Module, phase: Phase, epochs: range, history: History
-    ) -> None:
-        """Trains both, and adds to the curves."""
+    ) -> tuple[dict[str, float], ClusterIndex | None]:
+        """Trains both, adds to the curves, and gives the times and the clusters of `Trained`."""
         if not epochs:
-            return
+            return {}, None
         labels = self.split.train_labels
         seen = (labels < self._num_classes(phase)).nonzero()[:, 0]
         clusters = None
@@ -138,12 +151,14 @@ class Course:
             optimizer, rate, total_steps=len(epochs) * len(sampler)
         )
         criterion.train()
+        seconds = 0.0
         for epoch in epochs:
             if clusters is not None and (epoch - epochs.start) % REFRESH == 0:
                 clusters.refresh(embed(network, self.inputs))
             network.train()
             sampler.set_epoch(epoch)
             sums = torch.zeros(2)
+            start = time.perf_counter()
             for batch, labels, samples in loader:
                 labels = labels.to(self.device)
                 features, gate = network(augment(batch.to(self.device)))
@@ -155,9 +170,33 @@ class Course:
                 if isinstance(criterion, CLMLELoss):
                     clusters.update_losses(samples, criterion.sample_losses)
                 sums += torch.stack([loss.detach(), class_spread(features, labels)]).cpu()
+            seconds += time.perf_counter() - start
             for name, value in zip(history, sums.tolist(), strict=True):
                 history[name].append(value / len(sampler))
             self.progress.update()
+        milliseconds = {
+            "step": 1e3 * seconds / (len(epochs) * len(sampler)),
+            "loss": loss_milliseconds(criterion, features, labels, gate),
+        }
+        return milliseconds, clusters
+
+
+def loss_milliseconds(
+    criterion: nn.Module, features: Tensor, labels: Tensor, gate: Tensor | None
+) -> float:
+    """Median wall time of a loss, forward and backward."""
+    inputs = [features.detach().requires_grad_()]
+    gates = [] if gate is None else [gate.detach().requires_grad_()]
+    timer = Timer(
+        "criterion(*inputs, labels, *gates).backward()",
+        globals={
+            "criterion": copy.deepcopy(criterion),
+            "inputs": inputs,
+            "labels": labels,
+            "gates": gates,
+        },
+    )
+    return 1e3 * timer.blocked_autorange(min_run_time=0.05).median
 
 
 @torch.no_grad()

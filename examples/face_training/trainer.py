@@ -27,6 +27,8 @@ from .sampling import make_batches, refresh_epochs
 
 AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOMENTUM = 0.9
+# Fewer steps of a phase than this train no network.
+FEW_STEPS = 500
 CHECKPOINT = "checkpoint.pt"
 
 
@@ -161,6 +163,8 @@ class Trainer:
             if clusters is not None:
                 clusters.load_state_dict(saved["ranks"][self.rank]["clusters"])
         wrapped = DistributedDataParallel(trainee) if self.ranks > 1 else trainee
+        if self.leads:
+            self._announce(phase, len(faces), len(batches))
         loader = DataLoader(
             faces,
             batch_sampler=batches,
@@ -173,6 +177,7 @@ class Trainer:
                 clusters.refresh_from(self.network, self._in_order(faces), progress=self.leads)
             batches.set_epoch(epoch)
             start, first_step = time.perf_counter(), self.progress.step
+            self.progress.rate.append(optimizer.param_groups[0]["lr"])
             losses = []
             wrapped.train()
             for images, labels, items in self._bar(loader, phase, epoch):
@@ -187,7 +192,6 @@ class Trainer:
             loss = self._mean(torch.stack(losses))
             self.progress.loss.append(loss)
             self.progress.seconds_per_step.append((time.perf_counter() - start) / steps)
-            self.progress.rate.append(optimizer.param_groups[0]["lr"])
             self.progress.epoch = epoch + 1
             self._report(writer, loss)
             self._save(states, clusters)
@@ -279,6 +283,18 @@ class Trainer:
         return torch.optim.lr_scheduler.MultiStepLR(
             optimizer, [end * batches for end in sorted(ends)]
         )
+
+    def _announce(self, phase: Phase, images: int, batches: int) -> None:
+        steps = phase.epochs * batches
+        tqdm.write(
+            f"phase {self.progress.phase + 1} of {len(self.recipe.phases)}: {images} images, "
+            f"{phase.epochs} epochs of {batches} batches"
+        )
+        if steps < FEW_STEPS:
+            tqdm.write(
+                f"{steps} steps are few: the papers' epochs are for hundreds of thousands of "
+                f"images; give more --epochs, or smaller batches with --set"
+            )
 
     def _bar(self, loader: DataLoader, phase: Phase, epoch: int) -> Iterator:
         title = f"epoch {epoch + 1}/{phase.epochs}"

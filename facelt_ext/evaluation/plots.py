@@ -14,15 +14,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def plot_roc(curves: Mapping[str, ROC], axes: Axes | None = None, lowest_far: float = 1e-4) -> Axes:
+def plot_roc(
+    curves: Mapping[str, ROC], axes: Axes | None = None, lowest_far: float | None = None
+) -> Axes:
     """True accept rates over false accept rates, these on a logarithmic axis.
 
     Args:
         curves: by name.
         axes: where to draw; by default on a figure of its own, `axes.figure.savefig(...)`.
-        lowest_far: where the axis begins.
+        lowest_far: where the axis begins; by default at the lowest rate above 0 that a curve has.
     """
     axes = _new_axes() if axes is None else axes
+    if lowest_far is None:
+        lowest_far = min(float(curve.far[curve.far > 0].min()) for curve in curves.values())
     for name, curve in curves.items():
         axes.step(curve.far.clamp(min=lowest_far / 10), curve.tar, where="post", label=name)
     axes.set(
@@ -90,5 +94,6 @@ def _new_axes() -> Axes:
 
 def _finish(axes: Axes) -> Axes:
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
     return axes

@@ -1,0 +1,53 @@
+"""A Markdown page as HTML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import markdown
+
+_STYLE = """\
+:root { color-scheme: light dark; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto;
+       padding: 0 1.25rem; }
+h1, h2 { line-height: 1.2; }
+h2 { margin-top: 2.75rem; border-bottom: 1px solid #8884; padding-bottom: .3rem; }
+img { max-width: 100%; display: block; margin: 1.25rem auto; background: white;
+      border-radius: .35rem; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #8884; white-space: nowrap; }
+th { text-align: left; border-bottom-width: 2px; }
+tbody tr:hover { background: #8881; }
+code { font-size: .9em; }
+"""
+
+
+def write_html(page: Path) -> Path:
+    """Writes the page as HTML beside itself, pictures by the same links; returns its path."""
+    text = page.read_text(encoding="utf-8")
+    body = markdown.markdown(text, extensions=["tables", "sane_lists"])
+    body = body.replace("<table>", '<div class="table"><table>').replace(
+        "</table>", "</table></div>"
+    )
+    title = text.splitlines()[0].lstrip("# ")
+    path = page.with_suffix(".html")
+    path.write_text(
+        f"""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+{_STYLE}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+""",
+        encoding="utf-8",
+    )
+    return path
