@@ -9,7 +9,7 @@ export FACELT_EMULATION ?= on
 
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test bench lint format wheel sanitize clean
+.PHONY: demo test bench docs lint format wheel sanitize clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/faces.py $(ARGS)
@@ -20,6 +20,10 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) -m benchmarks.run $(ARGS)
+
+# The site, in build/docs; a warning is an error.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check

@@ -42,8 +42,11 @@ class SuperClasses:
             Default: one group.
 
     Attributes:
-        head, tail, super_class, counts, groups: as given, but int64 copies on the CPU. Not to be
-            written to.
+        head: int64 [N_h], on the CPU, as all of these; a copy, not to be written to.
+        tail: int64 [N_t].
+        super_class: int64 [N_t].
+        counts: int64 [N] or None.
+        groups: int64 [S].
 
     Raises:
         TypeError: an argument is not a tensor of integers.

@@ -24,6 +24,9 @@ from facelt_ext.types import compute_dtype
 SEED_BLOCK = (8, 512)
 
 
+__all__ = ["Clustering", "kmeans"]
+
+
 class Clustering(NamedTuple):
     """What k-means gives.
 

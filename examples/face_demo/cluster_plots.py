@@ -36,8 +36,8 @@ def plot_clusters(clusters: ClusterIndex, features: Tensor, path: Path) -> None:
         for number, own in enumerate(members):
             for image in own.tolist():
                 ends = images[image], middles[number]
-                axes.plot(*zip(*ends, strict=True), color=colours[image], linewidth=0.8, zorder=1)
-        axes.scatter(*images.T, c=colours, s=22, edgecolors="white", linewidths=0.4, zorder=2)
-        axes.scatter(*middles.T, c="black", s=14, marker="x", linewidths=1, zorder=3)
+                axes.plot(*zip(*ends, strict=True), color=colours[image], linewidth=1.1, zorder=1)
+        axes.scatter(*images.T, c=colours, s=42, edgecolors="white", linewidths=0.5, zorder=2)
+        axes.scatter(*middles.T, c="black", s=26, marker="x", linewidths=1.3, zorder=3)
         axes.set(xticks=[], yticks=[])
         figure.savefig(path)

@@ -8,16 +8,17 @@ import markdown
 
 _STYLE = """\
 :root { color-scheme: light dark; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto;
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 66rem; margin: 2.5rem auto;
        padding: 0 1.25rem; }
 h1, h2 { line-height: 1.2; }
 h2 { margin-top: 2.75rem; border-bottom: 1px solid #8884; padding-bottom: .3rem; }
-img { max-width: 100%; display: block; margin: 1.25rem auto; background: white;
+img { max-width: min(100%, 54rem); display: block; margin: 1.25rem auto; background: white;
       border-radius: .35rem; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #8884; white-space: nowrap; }
-th { text-align: left; border-bottom-width: 2px; }
+.table { overflow-x: auto; margin: 1.5rem 0; }
+table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .55rem; border-bottom: 1px solid #8884; }
+td { white-space: nowrap; }
+th { text-align: left; border-bottom-width: 2px; vertical-align: bottom; }
 tbody tr:hover { background: #8881; }
 code { font-size: .9em; }
 """

@@ -5,7 +5,6 @@ have any length; scores are cosines, and higher means the same identity. A pair 
 if it scores above the threshold.
 """
 
-from facelt_ext.evaluation.blufr import BLUFR, Trial, blufr, random_trials, read_blufr
 from facelt_ext.evaluation.identification import (
     OpenSetPoints,
     cmc,
@@ -30,6 +29,7 @@ from facelt_ext.evaluation.operating_points import (
 )
 from facelt_ext.evaluation.pairs import IndexPairs, PairList, draw_pairs, read_pairs
 from facelt_ext.evaluation.plots import plot_class_size, plot_cmc, plot_roc
+from facelt_ext.evaluation.trials import BLUFR, Trial, blufr, random_trials, read_blufr
 from facelt_ext.evaluation.verification import (
     FoldAccuracy,
     embed,

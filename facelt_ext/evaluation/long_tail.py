@@ -23,10 +23,11 @@ class Band(NamedTuple):
     """Classes of a band of frequencies.
 
     Attributes:
-        minimum, maximum: training images that a class of the band has; maximum is None for the
-            most frequent.
+        minimum: training images that a class of the band has at least.
+        maximum: that it has at most; None for the most frequent.
         accuracy: share of the test images that are told rightly; NaN without test images.
-        images, classes: test images, and the classes that they are of.
+        images: number of test images.
+        classes: of how many classes they are.
     """
 
     minimum: int

@@ -17,7 +17,8 @@ class PairList(NamedTuple):
     """Pairs of images, or of videos, by name.
 
     Attributes:
-        first, second: P names each.
+        first: P names.
+        second: P names.
         same: bool [P].
         folds: int64 [P] from 0 on; None where the list has no folds.
     """
