@@ -24,9 +24,11 @@ import torch.distributed as dist
 from face_demo.data import DataError
 from face_training.evaluation_sets import EvaluationSet, identity_set, judge, read_set
 from face_training.images import Faces, load_faces, load_orl, readable
-from face_training.recipes import RECIPES, Setting, adapted
+from face_training.options import AMP_TYPES, Options
+from face_training.recipes import RECIPES, Setting
 from face_training.report import write_report
-from face_training.trainer import AMP_TYPES, CHECKPOINT, Options, Trainer, describe
+from face_training.settings import adapted, describe
+from face_training.trainer import CHECKPOINT, Trainer
 from torch import nn
 
 EVALUATION_BATCH = 256

@@ -89,6 +89,18 @@ def test_distractor_ranks_by_hand() -> None:
     assert ranks[:5].tolist() == [2, 3, 3, 3, 4] and ranks[5] in (2, 3)
 
 
+@pytest.mark.filterwarnings("error")
+def test_distractors_in_a_file(tmp_path: Path) -> None:
+    features, labels = random_faces(4, size=30)
+    distractors = random_faces(5, size=23)[0].numpy()
+    np.save(tmp_path / "distractors.npy", distractors)
+    mapped = np.load(tmp_path / "distractors.npy", mmap_mode="r")
+    found = evaluation.distractor_ranks(features, labels, mapped)
+    assert torch.equal(found, evaluation.distractor_ranks(features, labels, distractors))
+    backwards = evaluation.distractor_ranks(features, labels, mapped[::-1])
+    assert torch.equal(found, backwards)
+
+
 def test_distractors_of_an_equal_score_come_first() -> None:
     features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     ranks = evaluation.distractor_ranks(features, torch.tensor([0, 0, 0, 1]), features[3:])

@@ -136,10 +136,10 @@ def test_pictures(tmp_path: Path) -> None:
     scores = torch.tensor([0.1, 0.4, 0.35, 0.8])
     curve = evaluation.roc(scores, torch.tensor([False, False, True, True]))
     axes = evaluation.plot_roc({"one": curve})
-    assert (
-        axes.get_xlim() == (0.5, 1.0)
-        and evaluation.plot_roc({}, lowest_far=0.1).get_xlim()[0] == 0.1
-    )
+    assert axes.get_xlim() == (0.1, 1.0)
+    assert evaluation.plot_roc({"one": curve}, lowest_far=0.3).get_xlim() == (0.3, 1.0)
+    wide = evaluation.roc(-torch.arange(51.0), torch.arange(51) == 1)
+    assert evaluation.plot_roc({"one": curve, "wide": wide}).get_xlim() == (1 / 50, 1.0)
     assert axes.get_xscale() == "log" and axes.get_legend_handles_labels()[1] == ["one"]
     # Up to FAR 1/2 half are accepted, from there on all.
     assert axes.lines[0].get_ydata().tolist() == curve.tar.tolist()

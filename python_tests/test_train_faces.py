@@ -15,6 +15,7 @@ from training_cases import (
     arguments,
     backbones,
     recipes,
+    settings,
     train_faces,
     trainer,
     write_faces,
@@ -54,12 +55,18 @@ def same(first: object, second: object) -> bool:
     return first == second
 
 
-@pytest.mark.parametrize("recipe", SETTINGS)
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        *((recipe, []) for recipe in SETTINGS),
+        ("cosface", ["--amp", "float16", "--schedule", "cosine"]),
+    ],
+)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
-    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train_faces.main(arguments(recipe, whole))
+    train_faces.main(arguments(recipe, whole, *more))
     expected = checkpoint(whole)
     losses = expected["progress"]["loss"]
     assert len(losses) == 4 * len(recipes.RECIPES[recipe].phases)
@@ -79,7 +86,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     while True:
         steps.clear()
         try:
-            train_faces.main(arguments(recipe, killed, *(["--resume"] if deaths else [])))
+            train_faces.main(arguments(recipe, killed, *more, *(["--resume"] if deaths else [])))
             break
         except Killed:
             deaths += 1
@@ -192,14 +199,14 @@ def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path) -> None:
 
 def test_numbers_of_ones_own() -> None:
     recipe = recipes.RECIPES["aggregate-disperse"]
-    changed = recipes.adapted(recipe, {"batch_size": 8, "minimums": (5, 1)}, epochs=26, rate=0.01)
+    changed = settings.adapted(recipe, {"batch_size": 8, "minimums": (5, 1)}, epochs=26, rate=0.01)
     assert [phase.epochs for phase in changed.phases] == [4, 9, 13]
     assert [phase.rate for phase in changed.phases] == pytest.approx([0.01, 0.01, 0.002])
     assert all(phase.batches == {"batch_size": 8} for phase in changed.phases)
     assert all(phase.minimums == (5, 1) for phase in changed.phases)
     with pytest.raises(DataError, match="3 phases; 2 epoch"):
-        recipes.adapted(recipe, {}, epochs=2, rate=None)
-    assert recipes.adapted(recipe, {}, None, None) == recipe
+        settings.adapted(recipe, {}, epochs=2, rate=None)
+    assert settings.adapted(recipe, {}, None, None) == recipe
 
 
 def test_help_shows_every_recipe(capsys: pytest.CaptureFixture) -> None:

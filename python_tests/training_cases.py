@@ -10,7 +10,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_faces  # noqa: E402
 from face_demo.data import DataError  # noqa: E402
-from face_training import backbones, evaluation_sets, images, recipes, recordio, sampling, trainer  # noqa: E402
+from face_training import (
+    backbones,
+    evaluation_sets,
+    images,
+    recipes,
+    recordio,
+    sampling,
+    settings,
+    trainer,
+)  # noqa: E402
 
 __all__ = [
     "DataError",
@@ -20,6 +29,7 @@ __all__ = [
     "recipes",
     "recordio",
     "sampling",
+    "settings",
     "train_faces",
     "trainer",
 ]

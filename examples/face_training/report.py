@@ -11,8 +11,10 @@ from facelt_ext import evaluation
 
 from .evaluation_sets import Judgement
 from .images import Faces
+from .options import Options, Progress
 from .recipes import Recipe
-from .trainer import CHECKPOINT, Options, Progress, describe
+from .settings import describe
+from .trainer import CHECKPOINT
 
 
 def write_report(

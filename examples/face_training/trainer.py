@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,55 +19,19 @@ from tqdm import tqdm
 
 from facelt_ext import CLMLELoss, ResidualBalancingModule
 from facelt_ext.aggregation import SuperClasses, aggregate, class_means, split_classes
+from facelt_ext.clusters import ClusterIndex
 
 from .backbones import Embedder, make_backbone
 from .images import Faces
+from .options import AMP_TYPES, Options, Progress
 from .recipes import Phase, Recipe, Start
 from .sampling import make_batches, refresh_epochs
+from .settings import describe
 
-AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOMENTUM = 0.9
 # Fewer steps of a phase than this train no network.
 FEW_STEPS = 500
 CHECKPOINT = "checkpoint.pt"
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to train, apart from the recipe.
-
-    Attributes:
-        backbone: of `make_backbone`.
-        embedding_size, image_size: dimensions of the features; height and width of the images.
-        schedule: "step", a tenth after each of a phase's milestones, or "cosine", to 0.
-        weight_decay, clip_norm: of the optimiser; the largest norm of all gradients, 0 for any.
-        amp: "none", "bfloat16" or "float16".
-        seed: of weights, batches, mirroring and clusters.
-        workers: processes that load images.
-    """
-
-    backbone: str = "iresnet18"
-    embedding_size: int = 512
-    image_size: int = 112
-    schedule: str = "step"
-    weight_decay: float = 5e-4
-    clip_norm: float = 5.0
-    amp: str = "none"
-    seed: int = 0
-    workers: int = 2
-
-
-@dataclass
-class Progress:
-    """How far a training is, and what it has measured, epoch by epoch."""
-
-    phase: int = 0
-    epoch: int = 0
-    step: int = 0
-    loss: list[float] = field(default_factory=list)
-    seconds_per_step: list[float] = field(default_factory=list)
-    rate: list[float] = field(default_factory=list)
-    figures: list[dict[str, dict[str, float]]] = field(default_factory=list)
 
 
 class Trainee(nn.Module):
@@ -80,6 +44,29 @@ class Trainee(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         features, gate = self.network.forward_with_gate(images)
         return self.criterion(features, labels, *([] if gate is None else [gate]))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one phase trains with."""
+
+    phase: Phase
+    faces: Faces
+    loader: DataLoader
+    clusters: ClusterIndex | None
+    trainee: nn.Module
+    optimizer: torch.optim.Optimizer
+    rates: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+
+    @property
+    def refresh(self) -> int:
+        """Epochs after which clusters are found anew."""
+        return refresh_epochs(self.phase.batches, len(self.loader))
+
+    def states(self) -> dict[str, object]:
+        """What a checkpoint holds of it, apart from what each process has of its own."""
+        return {"optimizer": self.optimizer, "rates": self.rates, "scaler": self.scaler}
 
 
 class Trainer:
@@ -141,6 +128,19 @@ class Trainer:
         return self.progress
 
     def _train_phase(self, phase: Phase, saved: dict | None, writer: SummaryWriter | None) -> None:
+        run = self._start_phase(phase, saved)
+        if self.leads:
+            self._announce(run)
+        for epoch in range(self.progress.epoch, phase.epochs):
+            if run.clusters is not None and epoch % run.refresh == 0:
+                loader = self._in_order(run.faces)
+                run.clusters.refresh_from(self.network, loader, progress=self.leads)
+            self._train_epoch(run, epoch, writer)
+            self._report(writer)
+            self._save(run)
+
+    def _start_phase(self, phase: Phase, saved: dict | None) -> _Run:
+        """All that a phase trains with, as it was in ``saved`` where that is given."""
         seen = self._seen(phase)
         faces = self.faces if len(seen) == len(self.faces) else self.faces.keep(seen)
         batches, clusters = make_batches(
@@ -150,21 +150,9 @@ class Trainer:
             raise DataError(f"{len(faces)} images make no batch")
         self._make_criterion(phase, faces, saved)
         trainee = Trainee(self.network, self.criterion)
-        parameters = [each for each in trainee.parameters() if each.requires_grad]
         optimizer = torch.optim.SGD(
-            parameters, phase.rate, MOMENTUM, weight_decay=self.options.weight_decay
+            trainee.parameters(), phase.rate, MOMENTUM, weight_decay=self.options.weight_decay
         )
-        rates = self._schedule(phase, optimizer, len(batches))
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.amp == "float16")
-        states = {"optimizer": optimizer, "rates": rates, "scaler": scaler}
-        if saved is not None:
-            for name, each in states.items():
-                each.load_state_dict(saved[name])
-            if clusters is not None:
-                clusters.load_state_dict(saved["ranks"][self.rank]["clusters"])
-        wrapped = DistributedDataParallel(trainee) if self.ranks > 1 else trainee
-        if self.leads:
-            self._announce(phase, len(faces), len(batches))
         loader = DataLoader(
             faces,
             batch_sampler=batches,
@@ -172,53 +160,56 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             persistent_workers=self.options.workers > 0,
         )
-        for epoch in range(self.progress.epoch, phase.epochs):
-            if clusters is not None and epoch % refresh_epochs(phase.batches, len(batches)) == 0:
-                clusters.refresh_from(self.network, self._in_order(faces), progress=self.leads)
-            batches.set_epoch(epoch)
-            start, first_step = time.perf_counter(), self.progress.step
-            self.progress.rate.append(optimizer.param_groups[0]["lr"])
-            losses = []
-            wrapped.train()
-            for images, labels, items in self._bar(loader, phase, epoch):
-                losses.append(self._step(wrapped, parameters, optimizer, scaler, images, labels))
-                rates.step()
-                if clusters is not None and isinstance(self.criterion, CLMLELoss):
-                    clusters.update_losses(items, self.criterion.sample_losses)
-                self.progress.step += 1
-                if writer is not None and self.progress.step % 10 == 0:
-                    writer.add_scalar("train/loss", losses[-1], self.progress.step)
-            steps = self.progress.step - first_step
-            loss = self._mean(torch.stack(losses))
-            self.progress.loss.append(loss)
-            self.progress.seconds_per_step.append((time.perf_counter() - start) / steps)
-            self.progress.epoch = epoch + 1
-            self._report(writer, loss)
-            self._save(states, clusters)
+        run = _Run(
+            phase=phase,
+            faces=faces,
+            loader=loader,
+            clusters=clusters,
+            trainee=DistributedDataParallel(trainee) if self.ranks > 1 else trainee,
+            optimizer=optimizer,
+            rates=self._schedule(phase, optimizer, len(batches)),
+            scaler=torch.amp.GradScaler(self.device.type, enabled=self.options.amp == "float16"),
+        )
+        if saved is not None:
+            for name, each in run.states().items():
+                each.load_state_dict(saved[name])
+            if clusters is not None:
+                clusters.load_state_dict(saved["ranks"][self.rank]["clusters"])
+        return run
 
-    def _step(
-        self,
-        trainee: nn.Module,
-        parameters: list[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        images: Tensor,
-        labels: Tensor,
-    ) -> Tensor:
+    def _train_epoch(self, run: _Run, epoch: int, writer: SummaryWriter | None) -> None:
+        run.loader.batch_sampler.set_epoch(epoch)
+        self.progress.rate.append(run.optimizer.param_groups[0]["lr"])
+        start, losses = time.perf_counter(), []
+        run.trainee.train()
+        for images, labels, samples in self._bar(run, epoch):
+            losses.append(self._step(run, images, labels))
+            run.rates.step()
+            if run.clusters is not None and isinstance(self.criterion, CLMLELoss):
+                run.clusters.update_losses(samples, self.criterion.sample_losses)
+            self.progress.step += 1
+            if writer is not None and self.progress.step % 10 == 0:
+                writer.add_scalar("train/loss", losses[-1], self.progress.step)
+        self.progress.loss.append(self._mean(torch.stack(losses)))
+        self.progress.seconds_per_step.append((time.perf_counter() - start) / len(losses))
+        self.progress.epoch = epoch + 1
+
+    def _step(self, run: _Run, images: Tensor, labels: Tensor) -> Tensor:
         mirrored = torch.rand(len(images), generator=self._mirror) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         images = images.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         amp = AMP_TYPES[self.options.amp]
         with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
-            loss = trainee(images, labels)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
+            loss = run.trainee(images, labels)
+        run.optimizer.zero_grad()
+        run.scaler.scale(loss).backward()
+        run.scaler.unscale_(run.optimizer)
         if self.options.clip_norm > 0:
+            parameters = run.optimizer.param_groups[0]["params"]
             nn.utils.clip_grad_norm_(parameters, self.options.clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
         return loss.detach()
 
     def _check(self, phase: Phase) -> None:
@@ -284,11 +275,11 @@ class Trainer:
             optimizer, [end * batches for end in sorted(ends)]
         )
 
-    def _announce(self, phase: Phase, images: int, batches: int) -> None:
-        steps = phase.epochs * batches
+    def _announce(self, run: _Run) -> None:
+        steps = run.phase.epochs * len(run.loader)
         tqdm.write(
-            f"phase {self.progress.phase + 1} of {len(self.recipe.phases)}: {images} images, "
-            f"{phase.epochs} epochs of {batches} batches"
+            f"{self._title()}: {len(run.faces)} images, {run.phase.epochs} epochs of "
+            f"{len(run.loader)} batches"
         )
         if steps < FEW_STEPS:
             tqdm.write(
@@ -296,11 +287,12 @@ class Trainer:
                 f"images; give more --epochs, or smaller batches with --set"
             )
 
-    def _bar(self, loader: DataLoader, phase: Phase, epoch: int) -> Iterator:
-        title = f"epoch {epoch + 1}/{phase.epochs}"
-        if len(self.recipe.phases) > 1:
-            title = f"phase {self.progress.phase + 1}/{len(self.recipe.phases)}, {title}"
-        return tqdm(loader, title, unit="batch", leave=False, disable=not self.leads)
+    def _title(self) -> str:
+        return f"phase {self.progress.phase + 1}/{len(self.recipe.phases)}"
+
+    def _bar(self, run: _Run, epoch: int) -> Iterator:
+        title = f"{self._title()}, epoch {epoch + 1}/{run.phase.epochs}"
+        return tqdm(run.loader, title, unit="batch", leave=False, disable=not self.leads)
 
     def _mean(self, losses: Tensor) -> float:
         """Over the steps and the processes."""
@@ -309,14 +301,14 @@ class Trainer:
             dist.all_reduce(mean)
         return float(mean) / self.ranks
 
-    def _report(self, writer: SummaryWriter | None, loss: float) -> None:
+    def _report(self, writer: SummaryWriter | None) -> None:
         if writer is None:
             return
         progress = self.progress
         figures = self.evaluate(self.network)
         progress.figures.append(figures)
         writer.add_scalar("train/learning rate", progress.rate[-1], progress.step)
-        writer.add_scalar("train/epoch loss", loss, progress.step)
+        writer.add_scalar("train/epoch loss", progress.loss[-1], progress.step)
         writer.add_scalar("train/seconds per step", progress.seconds_per_step[-1], progress.step)
         for name, own in figures.items():
             for figure, value in own.items():
@@ -325,15 +317,15 @@ class Trainer:
         accuracies = [f"{name} {100 * own['accuracy']:.2f} %" for name, own in figures.items()]
         judged = f", accuracy: {', '.join(accuracies)}" if accuracies else ""
         tqdm.write(
-            f"phase {progress.phase + 1}, epoch {progress.epoch}: loss {loss:.4f}, "
+            f"{self._title()}, epoch {progress.epoch}: loss {progress.loss[-1]:.4f}, "
             f"{1e3 * progress.seconds_per_step[-1]:.0f} ms a step{judged}"
         )
 
-    def _save(self, states: dict, clusters: object) -> None:
+    def _save(self, run: _Run) -> None:
         """Replaces the checkpoint at once, so that a run killed meanwhile keeps the one before."""
         own = {
             "mirror": self._mirror.get_state(),
-            "clusters": None if clusters is None else clusters.state_dict(),
+            "clusters": None if run.clusters is None else run.clusters.state_dict(),
         }
         everyone = [own]
         if self.ranks > 1:
@@ -341,7 +333,7 @@ class Trainer:
             dist.all_gather_object(everyone, own)
         if not self.leads:
             return
-        content = {name: each.state_dict() for name, each in states.items()} | {
+        content = {name: each.state_dict() for name, each in run.states().items()} | {
             "options": asdict(self.options),
             "recipe": describe(self.recipe),
             "images": len(self.faces),
@@ -378,16 +370,3 @@ class Trainer:
             self.super_classes = SuperClasses(**saved["super_classes"])
         self._mirror.set_state(saved["ranks"][self.rank]["mirror"])
         return saved
-
-
-def describe(recipe: Recipe) -> list[dict]:
-    """The numbers of the phases, as plain data."""
-    left_out = ("make_loss",)
-    return [
-        {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(phase).items()
-            if name not in left_out
-        }
-        for phase in recipe.phases
-    ]

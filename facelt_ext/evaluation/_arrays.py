@@ -20,7 +20,8 @@ BLOCK_ROWS, BLOCK_COLUMNS = 1 << 10, 1 << 14
 
 def as_tensor(value: Array, name: str) -> Tensor:
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
+        # Read-only arrays, as of files mapped into memory, are copied: chunk by chunk where large.
+        return torch.from_numpy(np.require(value, requirements=["C", "W"]))
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor or a NumPy array, got {type(value).__name__}")
     return value.detach()

@@ -22,11 +22,13 @@ def plot_roc(
     Args:
         curves: by name.
         axes: where to draw; by default on a figure of its own, `axes.figure.savefig(...)`.
-        lowest_far: where the axis begins; by default at the lowest rate above 0 that a curve has.
+        lowest_far: where the axis begins; by default at the lowest rate above 0 of a curve, or
+            at 0.1.
     """
     axes = _new_axes() if axes is None else axes
     if lowest_far is None:
-        lowest_far = min(float(curve.far[curve.far > 0].min()) for curve in curves.values())
+        reached = [float(each.far[each.far > 0].min()) for each in curves.values()]
+        lowest_far = min([0.1, *reached])
     for name, curve in curves.items():
         axes.step(curve.far.clamp(min=lowest_far / 10), curve.tar, where="post", label=name)
     axes.set(

@@ -1,0 +1,99 @@
+"""Recipes with numbers of one's own, and their description."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import torch
+from face_demo.data import DataError
+
+from .recipes import Recipe, Setting
+
+
+def adapted(
+    recipe: Recipe, settings: dict[str, Setting], epochs: int | None, rate: float | None
+) -> Recipe:
+    """A recipe with numbers of one's own.
+
+    Args:
+        settings: by name, of losses, batches, and ``minimums``; they go to all phases that have
+            such a setting.
+        epochs: of all phases together, in the recipe's proportions, each at least one.
+        rate: that the first phase begins with; the others' change in proportion.
+
+    Raises:
+        DataError: the recipe has no such setting, or it is of another kind; too few epochs.
+    """
+    known = {
+        name
+        for phase in recipe.phases
+        for name in (*phase.loss, *phase.batches, *(["minimums"] if phase.minimums else []))
+    }
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise DataError(
+            f"the recipe has no setting {unknown[0]}; it has {', '.join(sorted(known))}"
+        )
+    if epochs is not None and epochs < len(recipe.phases):
+        raise DataError(
+            f"the recipe has {len(recipe.phases)} phases; {epochs} epoch(s) are too few"
+        )
+    first_rate = recipe.phases[0].rate
+    phases = []
+    for phase, number in zip(recipe.phases, _shares(recipe, epochs), strict=True):
+        phases.append(
+            replace(
+                phase,
+                loss=_changed(phase.loss, settings),
+                batches=_changed(phase.batches, settings),
+                minimums=_changed({"minimums": phase.minimums}, settings)["minimums"]
+                if phase.minimums
+                else (),
+                epochs=number,
+                rate=phase.rate if rate is None else phase.rate * rate / first_rate,
+            )
+        )
+    return replace(recipe, phases=tuple(phases))
+
+
+def _changed(values: dict[str, Setting], settings: dict[str, Setting]) -> dict[str, Setting]:
+    return {
+        name: _like(value, settings[name], name) if name in settings else value
+        for name, value in values.items()
+    }
+
+
+def _like(value: Setting, given: Setting, name: str) -> Setting:
+    """A number of the kind that the recipe's own is; a word, as epsilon's, may become a number."""
+    if isinstance(value, tuple):
+        given = tuple(given) if isinstance(given, tuple | list) else (given,)
+        return tuple(_like(value[0], each, name) for each in given)
+    if isinstance(value, str):
+        return given
+    wanted = int if isinstance(value, int) else (int, float)
+    if isinstance(given, bool) or not isinstance(given, wanted):
+        kind = "a whole number" if isinstance(value, int) else "a number"
+        raise DataError(f"--set {name}: expected {kind}, got {given!r}")
+    return type(value)(given)
+
+
+def _shares(recipe: Recipe, epochs: int | None) -> list[int]:
+    wanted = [phase.epochs for phase in recipe.phases]
+    if epochs is None:
+        return wanted
+    spare = epochs - len(wanted)
+    ends = (torch.tensor(wanted).cumsum(0) * spare / sum(wanted)).round().int().tolist()
+    return [1 + end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def describe(recipe: Recipe) -> list[dict]:
+    """The numbers of the phases, as plain data."""
+    left_out = ("make_loss",)
+    return [
+        {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(phase).items()
+            if name not in left_out
+        }
+        for phase in recipe.phases
+    ]
