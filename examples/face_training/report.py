@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from face_demo.page import write_html
 from matplotlib.figure import Figure
 
 from facelt_ext import evaluation
@@ -28,7 +29,7 @@ def write_report(
     progress: Progress,
     judged: Mapping[str, Judgement],
 ) -> Path:
-    """Writes report.md and its pictures into ``folder``; returns the page's path."""
+    """Writes report.md, report.html and pictures into ``folder``; returns the page to open."""
     _plot_loss(recipe, progress, folder / "loss.png")
     pictures = ["![loss and learning rate](loss.png)"]
     if judged:
@@ -60,7 +61,7 @@ The network and all else are in `{CHECKPOINT}`; curves over the steps are in Ten
         page += f"\nUnreadable images{' (the first 100)' if len(skipped) > 100 else ''}:\n\n{names}"
     path = folder / "report.md"
     path.write_text(page, encoding="utf-8")
-    return path
+    return write_html(path)
 
 
 def _figures(judged: Mapping[str, Judgement]) -> str:
