@@ -79,8 +79,9 @@ def test_any_tensor_may_be_strided(any_place):
             )  # fmt: skip
         grads = torch.autograd.grad(losses, inputs, layout(case.upstream))
         results.append([losses.detach(), *grads])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    # torch may multiply strided tensors, which the reference does not copy, in another order.
+    slack = 1e-13 if any_place.backend == "reference" else 0
+    torch.testing.assert_close(*results, rtol=slack, atol=slack)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
