@@ -128,6 +128,8 @@ def test_drawn_pairs() -> None:
     assert len(ends) == len(pairs.same)
     again = evaluation.draw_pairs(labels, num_folds=5, pairs_per_fold=9, seed=1)
     assert torch.equal(again.first, pairs.first)
+    many = evaluation.draw_pairs(torch.arange(50_000) // 5, num_folds=10)
+    assert many.folds.bincount().tolist() == [600] * 10
     few = evaluation.draw_pairs(torch.tensor([0, 0, 1, 1, 2, 3]), num_folds=10)
     assert int(few.folds.max()) == 1
 

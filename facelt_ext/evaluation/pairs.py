@@ -12,6 +12,9 @@ from torch import Tensor
 from facelt_ext._checks import check_count
 from facelt_ext.evaluation._arrays import Array, integers
 
+# Images of a fold, all pairs of which are looked at.
+ENOUGH_IMAGES = 2000
+
 
 class PairList(NamedTuple):
     """Pairs of images, or of videos, by name.
@@ -82,7 +85,8 @@ def draw_pairs(
 
     The identities are dealt out to the folds at random, so that no identity is in two folds. Each
     fold has as many pairs of the same as of different identities, all different: `pairs_per_fold`
-    of each, or as many as there are.
+    of each, or as many as there are. Of more than 2,000 images in a fold only those of the first
+    identities that have as many take part.
 
     Args:
         labels: integers [N].
@@ -110,7 +114,8 @@ def draw_pairs(
     )
     found = []
     for fold in range(num_folds):
-        members = torch.isin(labels, dealt[fold::num_folds]).nonzero().flatten()
+        members = torch.isin(labels, _some(dealt[fold::num_folds], identities, sizes))
+        members = members.nonzero().flatten()
         first, second = torch.combinations(torch.arange(len(members))).unbind(1)
         same = labels[members[first]] == labels[members[second]]
         size = min(pairs_per_fold, int(same.sum()), int((~same).sum()))
@@ -120,6 +125,14 @@ def draw_pairs(
             ends = members[first[chosen]], members[second[chosen]]
             found.append((*ends, same[chosen], torch.full((size,), fold)))
     return IndexPairs(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def _some(dealt: Tensor, identities: Tensor, sizes: Tensor) -> Tensor:
+    """The first two identities, and as many of the others as it takes to have enough images."""
+    own = sizes[torch.searchsorted(identities, dealt.contiguous())]
+    needed = own.cumsum(0) - own < ENOUGH_IMAGES
+    needed[:2] = True
+    return dealt[needed]
 
 
 def _fields(line: str) -> list[str]:

@@ -147,12 +147,14 @@ def random_trials(labels: Array, num_trials: int = 10, seed: int = 0) -> list[Tr
             f"labels: expected two identities or more, one of them with two images, got "
             f"{len(identities)} and {len(several)}"
         )
+    starts = sizes.cumsum(0) - sizes
     trials = []
     for _ in range(num_trials):
         chosen = several[torch.randperm(len(several), generator=generator)]
         chosen = chosen[: max(1, len(chosen) // 2)]
         shuffled = torch.randperm(len(labels), generator=generator)
-        first = torch.stack([shuffled[labels[shuffled] == each][0] for each in chosen])
+        by_identity = shuffled[labels[shuffled].argsort(stable=True)]
+        first = by_identity[starts[torch.searchsorted(identities, chosen)]]
         others = torch.ones(len(labels), dtype=torch.bool)
         others[first] = False
         everything = torch.arange(len(labels))
