@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from facelt_ext._pictures import new_axes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -51,7 +53,7 @@ def draw_sizes(super_classes: SuperClasses, axes: Axes | None) -> Axes:
     if super_classes.counts is None:
         raise ValueError("counts: expected the images of each class for a picture, got None")
     if axes is None:
-        axes = _new_axes()
+        axes = new_axes()
     sizes = images_per_super_class(super_classes)
     fine = super_classes.counts
     coarse = torch.cat([fine[super_classes.head], sizes])
@@ -85,16 +87,6 @@ def _octaves(counts: Tensor, bins: int) -> Tensor:
 def _octave_name(octave: int) -> str:
     least, most = 2**octave, 2 ** (octave + 1) - 1
     return str(least) if least == most else f"{least}\N{EN DASH}{most}"
-
-
-def _new_axes() -> Axes:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "the picture needs matplotlib; pip install 'facelt_ext[aggregation]'"
-        ) from error
-    return Figure(figsize=(6.4, 4), dpi=150, layout="constrained").subplots()
 
 
 def _percent(part: int, whole: int) -> str:

@@ -73,6 +73,10 @@ def _figures(judged: Mapping[str, Judgement]) -> str:
         values = [each.figures.get(name) for each in judged.values()]
         shown = ["–" if value is None else f"{100 * value:.2f}" for value in values]
         lines.append(f"| {name} | {' | '.join(shown)} |")
+    lines.append(
+        "\nAccuracy, equal error rate, AUC and the ROC curve are of the folds' pairs. Of sets of "
+        "identities TAR is over all pairs, rank-1 and DIR are means over ten random galleries."
+    )
     return "\n".join(lines)
 
 
@@ -113,6 +117,7 @@ def _plot_loss(recipe: Recipe, progress: Progress, path: Path) -> None:
     rate.set(ylabel="learning rate", yscale="log", xlabel="epoch")
     if len(recipe.phases) > 1:
         loss.legend(fontsize="small")
+    rate.xaxis.get_major_locator().set_params(integer=True)
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
     figure.savefig(path)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from facelt_ext._pictures import new_axes
 from facelt_ext.evaluation._arrays import Array, as_tensor, integers
 from facelt_ext.evaluation.operating_points import ROC
 
@@ -25,7 +26,7 @@ def plot_roc(
         lowest_far: where the axis begins; by default at the lowest rate above 0 of a curve, or
             at 0.1.
     """
-    axes = _new_axes() if axes is None else axes
+    axes = new_axes() if axes is None else axes
     if lowest_far is None:
         reached = [float(each.far[each.far > 0].min()) for each in curves.values()]
         lowest_far = min([0.1, *reached])
@@ -43,7 +44,7 @@ def plot_roc(
 
 def plot_cmc(curves: Mapping[str, Array], axes: Axes | None = None) -> Axes:
     """Identification rates over ranks, for results of `cmc`. Arguments as of `plot_roc`."""
-    axes = _new_axes() if axes is None else axes
+    axes = new_axes() if axes is None else axes
     for name, rates in curves.items():
         rates = as_tensor(rates, "curves").cpu()
         axes.plot(range(1, len(rates) + 1), rates, marker="o", markersize=3, label=name)
@@ -66,7 +67,7 @@ def plot_class_size(
         axes: as of `plot_roc`.
         edges: where the groups of sizes begin, ascending; by default at powers of two.
     """
-    axes = _new_axes() if axes is None else axes
+    axes = new_axes() if axes is None else axes
     counts = integers(train_counts, "train_counts").cpu()
     if edges is None:
         edges = [1 << power for power in range(int(counts.max()).bit_length())]
@@ -82,16 +83,6 @@ def plot_class_size(
         axes.plot(sizes, means, marker="o", markersize=3, label=name)
     axes.set(xscale="log", xlabel="training images of the class", ylabel="accuracy", ylim=(0, 1.01))
     return _finish(axes)
-
-
-def _new_axes() -> Axes:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "the picture needs matplotlib; pip install 'facelt_ext[evaluation]'"
-        ) from error
-    return Figure(figsize=(6.4, 4), dpi=150, layout="constrained").subplots()
 
 
 def _finish(axes: Axes) -> Axes:
