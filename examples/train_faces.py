@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from face_demo.data import DataError
-from face_training.evaluation_sets import EvaluationSet, identity_set, judge, read_set
+from face_training.evaluation_sets import EvaluationSet, Judgement, identity_set, judge, read_set
 from face_training.images import Faces, load_faces, load_orl, readable
 from face_training.options import AMP_TYPES, Options
 from face_training.recipes import RECIPES, Setting
@@ -166,6 +166,9 @@ def load_all(options: argparse.Namespace) -> tuple[Faces, list[str], list[Evalua
     if len(faces.names) < 2:
         raise DataError(f"{options.data}: needs at least two identities, found {len(faces.names)}")
     sets += [read_set(each, options.image_size, scans, threads) for each in options.eval]
+    names = [each.name for each in sets]
+    if len(set(names)) < len(names):
+        raise DataError(f"--eval: expected sets of different names, got {', '.join(names)}")
     return faces, skipped, sets
 
 
@@ -202,27 +205,27 @@ def run(options: argparse.Namespace) -> None:
             faces, skipped, sets = load_all(options)
     chosen = Options(**{each.name: getattr(options, each.name) for each in fields(Options)})
 
-    def judge_all(network: nn.Module) -> dict:
-        return {
-            each.name: judge(network, each, EVALUATION_BATCH, options.workers, progress=False)
-            for each in sets
-        }
+    judged: dict[str, Judgement] = {}
 
-    trainer = Trainer(
-        faces,
-        recipe,
-        chosen,
-        options.output,
-        device,
-        lambda network: {name: each.figures for name, each in judge_all(network).items()},
-    )
+    def judge_all(network: nn.Module) -> dict[str, dict[str, float]]:
+        for each in sets:
+            judged[each.name] = judge(network, each, EVALUATION_BATCH, options.workers)
+        return {name: each.figures for name, each in judged.items()}
+
+    trainer = Trainer(faces, recipe, chosen, options.output, device, judge_all)
     if leads:
+        judges = [
+            f"{each.name} ({each.skipped} unreadable)" if each.skipped else each.name
+            for each in sets
+        ]
         print(
             f"{len(faces)} images of {len(faces.names)} identities, {len(skipped)} unreadable "
-            f"image(s) left out; evaluation on {', '.join(each.name for each in sets) or 'nothing'}"
+            f"image(s) left out; evaluation on {', '.join(judges) or 'nothing'}"
         )
     progress = trainer.train(options.resume)
     if leads:
+        if not judged:
+            judge_all(trainer.network)
         source = "the ORL faces" if options.data is None else str(options.data)
         path = write_report(
             options.output,
@@ -233,7 +236,7 @@ def run(options: argparse.Namespace) -> None:
             recipe,
             chosen,
             progress,
-            judge_all(trainer.network),
+            judged,
         )
         print(path)
 

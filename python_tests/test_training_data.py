@@ -127,6 +127,15 @@ def test_unreadable_records_are_left_out(tmp_path: Path, capsys: pytest.CaptureF
     assert faces.keep(kept).names == ["0", "2"] and faces.keep(kept).counts().tolist() == [1, 1]
 
 
+def test_what_was_found_unreadable_is_of_those_images_alone(tmp_path: Path) -> None:
+    good, bad = png(RED), b"no image"
+    for name, contents in {"first": [good, bad], "second": [bad, good]}.items():
+        held = images.MemoryImages(name, contents)
+        kept, names = images.readable(held, 16, tmp_path / "scan.json", threads=1)
+        assert kept.tolist() == [contents.index(good)]
+        assert names == [f"{name}, image {contents.index(bad)}"]
+
+
 def test_images_are_turned_cut_and_coloured() -> None:
     file = io.BytesIO()
     grey = Image.fromarray(np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6))
@@ -175,7 +184,7 @@ def test_a_list_of_pairs(tmp_path: Path, brightness: torch.nn.Module) -> None:
         ends = int(found.pairs.first[number]), int(found.pairs.second[number])
         names = [found.faces.images.name(int(found.faces.rows[end])) for end in ends]
         assert names == [f"{folder}/{a}/{a}_000{i}.png", f"{folder}/{b}/{b}_000{j}.png"]
-    judged = evaluation_sets.judge(brightness, found, 4, 0, progress=False)
+    judged = evaluation_sets.judge(brightness, found, 4, 0)
     # Colours are far apart, and images of one identity are nearly of one colour.
     assert judged.figures["accuracy"] == judged.figures["AUC"] == 1
     assert "rank-1" not in judged.figures
@@ -197,7 +206,7 @@ def test_a_bin_file(tmp_path: Path, brightness: torch.nn.Module) -> None:
     found = evaluation_sets.read_set(str(path), 16, tmp_path, 1)
     assert found.name == "lfw" and found.pairs.same.tolist() == [True, False, True, False]
     assert found.pairs.first.tolist() == [0, 2, 4, 6]
-    judged = evaluation_sets.judge(brightness, found, 4, 0, progress=False)
+    judged = evaluation_sets.judge(brightness, found, 4, 0)
     assert judged.figures["accuracy"] == 1 and judged.figures["TAR at FAR 0.1"] == 1
 
 
@@ -220,7 +229,7 @@ def test_a_bin_file_cannot_run_code(tmp_path: Path) -> None:
 def test_a_folder_is_verified_and_searched(tmp_path: Path, brightness: torch.nn.Module) -> None:
     folder = write_faces(tmp_path / "faces", {f"p{i}": 4 for i in range(8)}, size=16)
     found = evaluation_sets.read_set(str(folder), 16, tmp_path, 1)
-    judged = evaluation_sets.judge(brightness, found, 8, 0, progress=False)
+    judged = evaluation_sets.judge(brightness, found, 8, 0)
     # 32 * 31 / 2 pairs, 8 * 6 of them genuine: 448 impostors, so that FAR 0.001 means nothing.
     assert [name for name in judged.figures if "TAR" in name] == [
         "TAR at FAR 0.1",

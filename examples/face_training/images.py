@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -195,11 +196,14 @@ def _load_records(path: Path, size: int) -> Faces:
 def readable(images: Images, size: int, cache: Path, threads: int) -> tuple[Tensor, list[str]]:
     """The numbers of the images that can be decoded, and the names of those that cannot.
 
-    Every image is decoded once, and what was found is kept in ``cache`` for the next start.
+    Every image is decoded once, and what was found is kept in ``cache`` for the next start with
+    images of the same names.
     """
+    every_name = "\n".join(images.name(number) for number in range(len(images)))
+    digest = hashlib.sha256(every_name.encode()).hexdigest()
     if cache.is_file():
         kept = json.loads(cache.read_text(encoding="utf-8"))
-        if kept["images"] == len(images):
+        if kept["images"] == digest:
             return _without(len(images), kept["unreadable"]), kept["names"]
 
     def problem(number: int) -> str | None:
@@ -223,7 +227,7 @@ def readable(images: Images, size: int, cache: Path, threads: int) -> tuple[Tens
         tqdm.write(f"cannot read {found[number]}")
     names = [images.name(number) for number in wrong]
     cache.parent.mkdir(parents=True, exist_ok=True)
-    content = {"images": len(images), "unreadable": wrong, "names": names}
+    content = {"images": digest, "unreadable": wrong, "names": names}
     cache.write_text(json.dumps(content), encoding="utf-8")
     return _without(len(images), wrong), names
 

@@ -88,12 +88,11 @@ def _shares(recipe: Recipe, epochs: int | None) -> list[int]:
 
 def describe(recipe: Recipe) -> list[dict]:
     """The numbers of the phases, as plain data."""
-    left_out = ("make_loss",)
     return [
         {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(phase).items()
-            if name not in left_out
+            if name != "make_loss"
         }
         for phase in recipe.phases
     ]

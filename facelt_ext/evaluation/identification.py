@@ -65,7 +65,7 @@ def identification_ranks(
             identity is not in the gallery.
     """
     known = _Gallery(gallery, gallery_labels, probes, probe_labels)
-    mate = known.best_mates()
+    mate, _ = known.best_scores()
     missing = mate == -torch.inf
     if missing.any():
         row = int(missing.nonzero()[0])
@@ -163,7 +163,7 @@ def open_set_identification(
     wanted = rates(far, "far")
     check_count(rank, "rank")
     everyone = _Gallery(gallery, gallery_labels, probes, probe_labels)
-    mate = everyone.best_mates()
+    mate, best = everyone.best_scores()
     unknown = mate == -torch.inf
     if unknown.all() or not unknown.any():
         raise ValueError(
@@ -171,7 +171,7 @@ def open_set_identification(
             f"probe(s) of the gallery's and {int(unknown.sum())} of others"
         )
     rightly = mate[~unknown][everyone.ranks(mate)[~unknown] <= rank]
-    best = everyone.best_scores()[unknown].sort(descending=True).values
+    best = best[unknown].sort(descending=True).values
     points = []
     for each in wanted:
         threshold = accept_threshold(best, len(best), each)
@@ -197,22 +197,16 @@ class _Gallery:
                 f"{len(self.gallery)} and {len(self.probes)}"
             )
 
-    def best_mates(self) -> Tensor:
-        """[P], the best score of images of the probe's identity; -inf where there is none."""
-        best = torch.full_like(self.probes[:, 0], -torch.inf)
+    def best_scores(self) -> tuple[Tensor, Tensor]:
+        """[P] each: of images of the probe's identity, -inf where there is none; and of all."""
+        mate = torch.full_like(self.probes[:, 0], -torch.inf)
+        best = mate.clone()
         for top, left, scores in blocks(self.probes, self.gallery):
+            part = slice(top, top + len(scores))
             own = scores.masked_fill(~self._same(top, left, scores), -torch.inf)
-            part = best[top : top + len(scores)]
-            torch.maximum(part, own.amax(1), out=part)
-        return best
-
-    def best_scores(self) -> Tensor:
-        """[P], the best score in the gallery."""
-        best = torch.full_like(self.probes[:, 0], -torch.inf)
-        for top, _, scores in blocks(self.probes, self.gallery):
-            part = best[top : top + len(scores)]
-            torch.maximum(part, scores.amax(1), out=part)
-        return best
+            mate[part] = torch.maximum(mate[part], own.amax(1))
+            best[part] = torch.maximum(best[part], scores.amax(1))
+        return mate, best
 
     def ranks(self, mate: Tensor) -> Tensor:
         """int64 [P], one more than the images of others that score at least `mate`."""

@@ -90,7 +90,7 @@ def all_pairs_tar_at_far(
     """`tar_at_far` over all unordered pairs of samples, in blocks.
 
     Of the pairs of different identities only the floor(far * N) + 1 that score highest are kept, so
-    that 10,000 images, 50 million pairs, take some dozens of MiB.
+    that 10,000 images, 50 million pairs, take some hundreds of MiB.
 
     Args:
         features: [N, D], of any lengths; scores are cosines.
@@ -172,8 +172,6 @@ def operating_points(
     thresholds = [accept_threshold(hardest, impostors, each) for each in wanted]
     points = [
         (float((hardest > t).sum()) / impostors, float((genuine > t).double().mean()), t)
-        if t > -np.inf
-        else (1.0, 1.0, t)
         for t in thresholds
     ]
     return OperatingPoints(*torch.tensor(points, dtype=torch.float64).unbind(1))

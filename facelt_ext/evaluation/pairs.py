@@ -11,6 +11,7 @@ from torch import Tensor
 
 from facelt_ext._checks import check_count
 from facelt_ext.evaluation._arrays import Array, integers
+from facelt_ext.evaluation.verification import consecutive_folds
 
 # Images of a fold, all pairs of which are looked at.
 ENOUGH_IMAGES = 2000
@@ -172,4 +173,4 @@ def _fold_numbers(num_folds: int, per_kind: int, pairs: int, path: Path) -> list
             f"{path}: expected {num_folds} folds of 2 x {per_kind} pairs, as its first line says, "
             f"got {pairs} pairs"
         )
-    return [number // (2 * per_kind) for number in range(pairs)]
+    return consecutive_folds(pairs, num_folds).tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,20 +57,19 @@ def plot_class_size(
     accuracies: Mapping[str, Array],
     train_counts: Array,
     axes: Axes | None = None,
-    edges: Sequence[int] | None = None,
 ) -> Axes:
     """Mean accuracy of classes of similar size over their number of training images.
+
+    Groups of sizes begin at powers of two.
 
     Args:
         accuracies: by name, [C], of `class_accuracy`; NaN counts for nothing.
         train_counts: integers [C].
         axes: as of `plot_roc`.
-        edges: where the groups of sizes begin, ascending; by default at powers of two.
     """
     axes = new_axes() if axes is None else axes
     counts = integers(train_counts, "train_counts").cpu()
-    if edges is None:
-        edges = [1 << power for power in range(int(counts.max()).bit_length())]
+    edges = [1 << power for power in range(int(counts.max()).bit_length())]
     group = torch.bucketize(counts, torch.tensor(edges), right=True) - 1
     for name, values in accuracies.items():
         values = as_tensor(values, "accuracies").cpu()

@@ -195,6 +195,12 @@ def fold_accuracy(scores: Array, same: Array, folds: int | Array = 10) -> FoldAc
     )
 
 
+def consecutive_folds(pairs: int, folds: int) -> Tensor:
+    """int64 [pairs], the number of the run that each is in; the first ones may be one longer."""
+    runs = torch.arange(pairs).tensor_split(folds)
+    return torch.cat([torch.full_like(run, number) for number, run in enumerate(runs)])
+
+
 def best_threshold(scores: Tensor, same: Tensor) -> float:
     """The threshold, half way between scores, above which most pairs are told rightly."""
     values, number = scores.unique(return_inverse=True)
@@ -219,8 +225,7 @@ def _fold_of_each(folds: int | Array, scores: Tensor) -> Tensor:
             raise ValueError(
                 f"folds: expected at most one for each of {len(scores)} pairs, got {folds}"
             )
-        runs = torch.arange(len(scores)).tensor_split(folds)
-        return torch.cat([torch.full_like(run, number) for number, run in enumerate(runs)])
+        return consecutive_folds(len(scores), folds)
     folds = integers(folds, "folds", len(scores)).cpu()
     if len(folds.unique()) < 2:
         raise ValueError("folds: expected at least two different folds, got one")
