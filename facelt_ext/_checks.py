@@ -39,7 +39,7 @@ def checked_integers(value: Tensor, name: str, like: Tensor, like_name: str) -> 
         raise ValueError(
             f"{name}: expected device {like.device}, where {like_name} is, got {value.device}"
         )
-    return value.to(torch.int64)
+    return value if value.dtype == torch.int64 else value.to(torch.int64)
 
 
 def check_count(value: int, name: str, minimum: int = 1) -> None:

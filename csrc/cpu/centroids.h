@@ -16,18 +16,17 @@ void write_centroid(const T* features, std::int64_t dimensions, const std::int64
                     std::int64_t begin, std::int64_t end, Compute<T>* centroid) {
   using A = Compute<T>;
   const RowKernels<A>& kernels = row_kernels<A>();
-  std::fill(centroid, centroid + dimensions, A(0));
-  if (begin == end) return;
-  std::vector<A> wide(std::is_same_v<T, A> ? 0 : dimensions);
-  for (std::int64_t p = begin; p < end; ++p) {
-    const T* row = features + order[p] * dimensions;
-    if constexpr (std::is_same_v<T, A>) {
-      kernels.add(row, centroid, dimensions);
-    } else {
-      conversion_kernels<T>().widen(row, wide.data(), dimensions);
+  if constexpr (std::is_same_v<T, A>) {
+    kernels.sum_rows(features, dimensions, order + begin, end - begin, centroid);
+  } else {
+    std::fill(centroid, centroid + dimensions, A(0));
+    std::vector<A> wide(dimensions);
+    for (std::int64_t p = begin; p < end; ++p) {
+      conversion_kernels<T>().widen(features + order[p] * dimensions, wide.data(), dimensions);
       kernels.add(wide.data(), centroid, dimensions);
     }
   }
+  if (begin == end) return;
   kernels.divide(centroid, static_cast<A>(end - begin), dimensions);
 }
 

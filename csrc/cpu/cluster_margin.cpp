@@ -1,5 +1,6 @@
 #include "../cluster_margin.h"
 
+#include <memory>
 #include <numeric>
 
 #include "centroids.h"
@@ -9,12 +10,24 @@ namespace facelt::cpu {
 
 namespace {
 
-// Columns for each thread, where all samples have a part in each.
-std::int64_t columns_of_thread(std::int64_t dimensions, int threads) {
-  constexpr std::int64_t kLeast = 64;
-  const std::int64_t share = (dimensions + threads - 1) / threads;
-  return (share + kLeast - 1) / kLeast * kLeast;
-}
+constexpr std::int64_t kMostSamples = 64;
+
+// The batch in parts of about as many samples, whatever the threads, so that sums over the samples
+// are always added up alike.
+class Parts {
+ public:
+  explicit Parts(std::int64_t batch)
+      : batch_(batch),
+        count_((batch + kMostSamples - 1) / kMostSamples),
+        size_(count_ ? (batch + count_ - 1) / count_ : 0) {}
+
+  std::int64_t count() const { return count_; }
+  std::int64_t begin(std::int64_t part) const { return std::min(part * size_, batch_); }
+  std::int64_t size(std::int64_t part) const { return begin(part + 1) - begin(part); }
+
+ private:
+  std::int64_t batch_, count_, size_;
+};
 
 const std::int64_t* checked_clusters(const TensorView& view, std::int64_t batch,
                                      std::int64_t clusters) {
@@ -158,13 +171,12 @@ class Forward {
     const A *rows[kTile], *centroids[kTile];
     A products[kTile * kTile];
     for (std::int64_t i = 0; i < count; i += kTile) {
-      const std::int64_t samples = tile_rows(b_.features + first * b_.dimensions, i, count, rows);
+      tile_rows(b_.features + first * b_.dimensions, i, count, rows);
       for (std::int64_t m = 0; m < b_.clusters; m += kTile) {
         const std::int64_t clusters = tile_rows(b_.state.centroids, m, b_.clusters, centroids);
-        row_kernels<A>().inner_products(rows, centroids, b_.dimensions, products);
-        for (std::int64_t e = 0; e < kTile * kTile; ++e) {
-          if (e / kTile >= samples || e % kTile >= clusters) continue;
-          hinges.term(i + e / kTile, m + e % kTile) = products[e];
+        row_kernels<A>().inner_products(centroids, rows, b_.dimensions, products);
+        for (std::int64_t j = 0; j < clusters; ++j) {
+          std::copy_n(products + kTile * j, kTile, &hinges.term(i, m + j));
         }
       }
     }
@@ -196,57 +208,54 @@ class Backward {
       : b_(batch),
         grad_centroids_(grad_centroids),
         grad_features_(grad_features),
-        given_(part == Part::kAfterProducts) {
+        given_(part == Part::kAfterProducts),
+        parts_(batch.batch) {
     if (given_) return;
-    gradient_.resize(b_.batch * b_.clusters);
-    const bool reduced = b_.options.reduction != Reduction::kNone;
+    gradient_.reset(new A[b_.batch * b_.clusters]);
+    sums_.reset(new A[parts_.count() * b_.clusters * b_.dimensions]);
+    const RowKernels<A>& kernels = row_kernels<A>();
+    if (b_.options.reduction != Reduction::kNone) {
+      kernels.scale(b_.state.gradient, *grad_loss, gradient_.get(), b_.batch * b_.clusters);
+      return;
+    }
     for (std::int64_t i = 0; i < b_.batch; ++i) {
-      row_kernels<A>().scale(b_.state.gradient + i * b_.clusters, grad_loss[reduced ? 0 : i],
-                             gradient_.data() + i * b_.clusters, b_.clusters);
+      kernels.scale(b_.state.gradient + i * b_.clusters, grad_loss[i],
+                    gradient_.get() + i * b_.clusters, b_.clusters);
     }
   }
 
   void centroids() {
-    const std::int64_t columns = columns_of_thread(b_.dimensions, b_.threads);
-    const bool normalize = b_.options.normalize;
-#pragma omp for schedule(static)
-    for (std::int64_t d = 0; d < b_.dimensions; d += columns) {
-      const std::int64_t width = std::min(columns, b_.dimensions - d);
-      if (!given_) multiply(d, width);
-      for (std::int64_t m = 0; m < b_.clusters && !normalize; ++m) {
-        A* const grad = grad_centroids_ + m * b_.dimensions + d;
-        row_kernels<A>().scale(grad, share_of_sample(m), grad, width);
-      }
-    }
-    if (!normalize) return;
+    if (!given_) multiply();
+    const RowKernels<A>& kernels = row_kernels<A>();
+    const std::int64_t dimensions = b_.dimensions;
 #pragma omp for schedule(static)
     for (std::int64_t m = 0; m < b_.clusters; ++m) {
-      A* const grad = grad_centroids_ + m * b_.dimensions;
-      row_kernels<A>().project(grad, b_.state.centroids + m * b_.dimensions, A(1),
-                               share_of_sample(m), grad, b_.dimensions);
+      A* const grad = grad_centroids_ + m * dimensions;
+      if (!given_) add_up(m, grad);
+      if (b_.options.normalize) {
+        kernels.project(grad, b_.state.centroids + m * dimensions, A(1), share_of_sample(m), grad,
+                        dimensions);
+      } else {
+        kernels.scale(grad, share_of_sample(m), grad, dimensions);
+      }
     }
   }
 
   void features() {
-    // As many rows as share columns of the centroids in a cache, if that leaves some to all
-    // threads.
-    constexpr std::int64_t kMost = 64;
-    const std::int64_t rows =
-        std::clamp<std::int64_t>((b_.batch + b_.threads - 1) / b_.threads, 1, kMost);
-#pragma omp for schedule(static)
-    for (std::int64_t i = 0; i < b_.batch; i += rows) {
-      const std::int64_t count = std::min(rows, b_.batch - i);
-      A* const grad = grad_features_ + i * b_.dimensions;
-      const A* shares[kMost];
+#pragma omp for schedule(static) nowait
+    for (std::int64_t part = 0; part < parts_.count(); ++part) {
+      const std::int64_t first = parts_.begin(part), count = parts_.size(part);
+      A* const grad = grad_features_ + first * b_.dimensions;
+      const A* shares[kMostSamples];
       for (std::int64_t j = 0; j < count; ++j) {
-        shares[j] = grad_centroids_ + b_.cluster_index[i + j] * b_.dimensions;
+        shares[j] = grad_centroids_ + b_.cluster_index[first + j] * b_.dimensions;
       }
       if (given_) {
         for (std::int64_t j = 0; j < count; ++j) {
           row_kernels<A>().add(shares[j], grad + j * b_.dimensions, b_.dimensions);
         }
       } else {
-        row_kernels<A>().product({gradient_.data() + i * b_.clusters, b_.clusters, 1,
+        row_kernels<A>().product({gradient_.get() + first * b_.clusters, b_.clusters, 1,
                                   b_.state.centroids, b_.dimensions, shares, grad, b_.dimensions,
                                   count, b_.clusters, b_.dimensions});
       }
@@ -254,10 +263,24 @@ class Backward {
   }
 
  private:
-  void multiply(std::int64_t d, std::int64_t width) {
-    row_kernels<A>().product({gradient_.data(), 1, b_.clusters, b_.features + d, b_.dimensions,
-                              nullptr, grad_centroids_ + d, b_.dimensions, b_.clusters, b_.batch,
-                              width});
+  // The gradient by the centroids, of each part of the batch.
+  void multiply() {
+#pragma omp for schedule(static)
+    for (std::int64_t part = 0; part < parts_.count(); ++part) {
+      const std::int64_t first = parts_.begin(part);
+      row_kernels<A>().product({gradient_.get() + first * b_.clusters, 1, b_.clusters,
+                                b_.features + first * b_.dimensions, b_.dimensions, nullptr,
+                                sums_.get() + part * b_.clusters * b_.dimensions, b_.dimensions,
+                                b_.clusters, parts_.size(part), b_.dimensions});
+    }
+  }
+
+  void add_up(std::int64_t m, A* grad) const {
+    std::fill(grad, grad + b_.dimensions, A(0));
+    for (std::int64_t part = 0; part < parts_.count(); ++part) {
+      row_kernels<A>().add(sums_.get() + (part * b_.clusters + m) * b_.dimensions, grad,
+                           b_.dimensions);
+    }
   }
 
   // What a sample of a cluster gets of the gradient by its centroid.
@@ -270,7 +293,9 @@ class Backward {
   A* grad_centroids_;
   A* grad_features_;
   bool given_;
-  std::vector<A> gradient_;  // grad_loss times the state's
+  Parts parts_;
+  std::unique_ptr<A[]> gradient_;  // grad_loss times the state's
+  std::unique_ptr<A[]> sums_;      // [parts, M, D] of G^T features
 };
 
 template <class A>

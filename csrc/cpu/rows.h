@@ -31,6 +31,9 @@ struct RowKernels {
   // The same of a[i] . b[j]
   void (*inner_products)(const A* const* a, const A* const* b, std::int64_t n, A* out);
   void (*add)(const A* x, A* sum, std::int64_t n);
+  // sum = that of the `count` rows [n] of x that `rows` lists, in its order
+  void (*sum_rows)(const A* x, std::int64_t n, const std::int64_t* rows, std::int64_t count,
+                   A* sum);
   void (*scale)(const A* x, A factor, A* out, std::int64_t n);
   void (*add_scaled)(const A* x, A factor, A* out, std::int64_t n);  // out += factor * x
   void (*divide)(A* x, A divisor, std::int64_t n);

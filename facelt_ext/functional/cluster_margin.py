@@ -118,16 +118,17 @@ def cluster_margin_losses(
     if backend == "reference" or _backend.debugging():
         check_class_range(cluster_index, "cluster_index", len(cluster_class), None)
     margins = float(between_margin), float(within_margin), bool(normalize_centroids)
-    with autocast_off(features.device.type):
-        if backend == "reference":
+    if backend == "reference":
+        with autocast_off(features.device.type):
             losses = sample_losses(features, cluster_index, cluster_class, *margins)
             return _reduced(losses, sample_weight, reduction), losses.detach()
-        if sample_weight is not None:
-            sample_weight = sample_weight.to(dtype)
-        return ClusterMarginFunction.apply(
-            features.to(dtype), cluster_index, cluster_class, sample_weight, *margins, reduction,
-            backend,
-        )  # fmt: skip
+    if features.dtype != dtype:
+        features = features.to(dtype)
+    if sample_weight is not None:
+        sample_weight = sample_weight.to(dtype)
+    return ClusterMarginFunction.apply(
+        features, cluster_index, cluster_class, sample_weight, *margins, reduction, backend
+    )
 
 
 def _reduced(losses: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
