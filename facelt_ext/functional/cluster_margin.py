@@ -127,7 +127,7 @@ def cluster_margin_losses(
     if sample_weight is not None:
         sample_weight = sample_weight.to(dtype)
     return ClusterMarginFunction.apply(
-        features, cluster_index, cluster_class, sample_weight, *margins, reduction, backend
+        features, cluster_index, cluster_class, sample_weight, (*margins, reduction, backend)
     )
 
 
@@ -159,13 +159,12 @@ class ClusterMarginFunction(torch.autograd.Function):
     """The loss and each sample's unweighted one, for features and weights in the compute dtype."""
 
     @staticmethod
-    def forward(ctx, features, cluster_index, cluster_class, sample_weight, *rest):
-        *options, backend = rest
+    def forward(ctx, features, cluster_index, cluster_class, sample_weight, options):
         loss, losses, *state = _forward(
-            features, cluster_index, cluster_class, sample_weight, *options, backend
+            features, cluster_index, cluster_class, sample_weight, *options
         )
         ctx.save_for_backward(features, cluster_index, cluster_class, sample_weight, *state)
-        ctx.options, ctx.backend = options, backend
+        ctx.options = options
         ctx.mark_non_differentiable(losses)
         return loss, losses
 
@@ -173,7 +172,7 @@ class ClusterMarginFunction(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         features, cluster_index, cluster_class, sample_weight, *state = ctx.saved_tensors
         if torch.is_grad_enabled():
-            *margins, reduction = ctx.options
+            *margins, reduction, _ = ctx.options
 
             def again(x: Tensor) -> Tensor:
                 losses = sample_losses(x, cluster_index, cluster_class, *margins)
@@ -182,8 +181,8 @@ class ClusterMarginFunction(torch.autograd.Function):
             with autocast_off(features.device.type):
                 grad = gradient_through_reference(again, features, grad_loss)
         else:
-            grad = _backward(grad_loss, features, cluster_index, *state, *ctx.options, ctx.backend)
-        return grad, *[None] * 8
+            grad = _backward(grad_loss, features, cluster_index, *state, *ctx.options)
+        return grad, None, None, None, None
 
 
 OPTIONS = "float between_margin, float within_margin, bool normalize, str reduction, str backend"
