@@ -27,24 +27,30 @@ inline Part checked_part(int part) {
 
 template <class A>
 struct ClusterMarginState {
-  A* gradient;           // [B, M] of the loss by the inner products of samples and centroids
-  A* centroids;          // [M, D] zeros where a cluster has no sample
-  A* inverse_norms;      // [M] of the means, ones if centroids are not normalized
-  std::int64_t* counts;  // [M + 1] samples, then the ticket
-  unsigned* ticket;      // CUDA's, for the block that comes last; 0 elsewhere
+  A* gradient;       // [B, M] of the loss by the inner products of samples and centroids
+  A* centroids;      // [M, D] zeros where a cluster has no sample
+  A* inverse_norms;  // [M] of the means, ones if centroids are not normalized
+  A* sizes;          // [M + 1] numbers of samples, then the ticket's place
+  unsigned* ticket;  // CUDA's, for the block that comes last
 };
 
+// M, of which the state of B samples of D dimensions is.
+inline std::int64_t cluster_margin_clusters(const TensorView& state, std::int64_t batch,
+                                            std::int64_t dimensions) {
+  return (state.numel() - 1) / (batch + dimensions + 2);
+}
+
 template <class A>
-ClusterMarginState<A> cluster_margin_state(const TensorView& value, const TensorView& counts,
-                                           std::int64_t batch, std::int64_t clusters,
-                                           std::int64_t dimensions, int device) {
+ClusterMarginState<A> cluster_margin_state(const TensorView& value, std::int64_t batch,
+                                           std::int64_t clusters, std::int64_t dimensions,
+                                           int device) {
   ClusterMarginState<A> state;
-  state.gradient = pointer<A>(value, "state", Scalar<A>::kType,
-                              batch * clusters + clusters * dimensions + clusters, device);
+  state.gradient =
+      pointer<A>(value, "state", Scalar<A>::kType, (batch + dimensions + 2) * clusters + 1, device);
   state.centroids = state.gradient + batch * clusters;
   state.inverse_norms = state.centroids + clusters * dimensions;
-  state.counts = pointer<std::int64_t>(counts, "counts", ScalarType::kInt64, clusters + 1, device);
-  state.ticket = reinterpret_cast<unsigned*>(state.counts + clusters);
+  state.sizes = state.inverse_norms + clusters;
+  state.ticket = reinterpret_cast<unsigned*>(state.sizes + clusters);
   return state;
 }
 

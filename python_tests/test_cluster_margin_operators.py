@@ -303,7 +303,7 @@ def test_the_inputs_are_never_written(place):
     with place.run():
         x = case.features.requires_grad_()
         losses, _ = ClusterMarginFunction.apply(
-            x, case.cluster_index, case.cluster_class, None, 0.4, 0.1, True, "none", place.backend
+            x, case.cluster_index, case.cluster_class, None, (0.4, 0.1, True, "none", place.backend)
         )
     losses.backward(case.upstream)
     after = (x.detach(), case.cluster_index, case.cluster_class)
@@ -327,10 +327,9 @@ def test_at_most_four_launches(clusters, reduction):
 @pytest.mark.parametrize("wrong", [-1, 3])
 def test_the_native_function_refuses_a_part_that_there_is_not(place, wrong):
     case = random_case(15, 6, 3, 4).to(torch.float32, place.device)
-    outputs = [torch.zeros(n, device=place.device) for n in (1, 6, 6 * 3 + 3 * 4 + 3)]
+    outputs = [torch.zeros(n, device=place.device) for n in (1, 6, (6 + 4 + 2) * 3 + 1)]
     with pytest.raises(ValueError, match=f"part: expected 0, 1 or 2, got {wrong}"):
         _native.run(
             place.backend, case.features, "cluster_margin_forward", case.features,
             case.cluster_index, case.cluster_class, None, (0.3, 0.1, False, 2), wrong, *outputs,
-            torch.zeros(4, dtype=torch.int64, device=place.device),
         )  # fmt: skip

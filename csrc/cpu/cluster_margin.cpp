@@ -43,14 +43,14 @@ const std::int64_t* checked_clusters(const TensorView& view, std::int64_t batch,
 
 // The clusters' classes, numbered anew; -1 where a cluster has no samples.
 template <class A>
-std::vector<A> numbered_classes(const std::int64_t* classes, const std::int64_t* counts,
+std::vector<A> numbered_classes(const std::int64_t* classes, const A* sizes,
                                 std::int64_t clusters) {
   std::vector<std::int64_t> sorted(classes, classes + clusters);
   std::sort(sorted.begin(), sorted.end());
   std::vector<A> numbers(clusters, A(-1));
   for (std::int64_t m = 0; m < clusters; ++m) {
     const auto place = std::lower_bound(sorted.begin(), sorted.end(), classes[m]);
-    if (counts[m] > 0) numbers[m] = static_cast<A>(place - sorted.begin());
+    if (sizes[m] > A(0)) numbers[m] = static_cast<A>(place - sorted.begin());
   }
   return numbers;
 }
@@ -121,7 +121,7 @@ class Forward {
       : b_(batch), weights_(weights), losses_(losses), given_(part == Part::kAfterProducts) {
     if (!given_) sort_samples();
     if (part == Part::kBeforeProducts) return;
-    classes_ = numbered_classes<A>(cluster_class, b_.state.counts, b_.clusters);
+    classes_ = numbered_classes<A>(cluster_class, b_.state.sizes, b_.clusters);
   }
 
   void centroids() {
@@ -160,8 +160,8 @@ class Forward {
     offsets_.resize(b_.clusters + 1);
     order_.resize(b_.batch);
     for (std::int64_t i = 0; i < b_.batch; ++i) ++offsets_[b_.cluster_index[i] + 1];
-    std::copy(offsets_.begin() + 1, offsets_.end(), b_.state.counts);
-    b_.state.counts[b_.clusters] = 0;
+    std::copy(offsets_.begin() + 1, offsets_.end(), b_.state.sizes);
+    b_.state.sizes[b_.clusters] = A(0);
     std::partial_sum(offsets_.begin(), offsets_.end(), offsets_.begin());
     std::vector<std::int64_t> next(offsets_.begin(), offsets_.end() - 1);
     for (std::int64_t i = 0; i < b_.batch; ++i) order_[next[b_.cluster_index[i]]++] = i;
@@ -285,8 +285,8 @@ class Backward {
 
   // What a sample of a cluster gets of the gradient by its centroid.
   A share_of_sample(std::int64_t m) const {
-    const std::int64_t count = b_.state.counts[m];
-    return count > 0 ? b_.state.inverse_norms[m] / static_cast<A>(count) : A(0);
+    const A size = b_.state.sizes[m];
+    return size > A(0) ? b_.state.inverse_norms[m] / size : A(0);
   }
 
   const Batch<A> b_;
@@ -301,16 +301,16 @@ class Backward {
 template <class A>
 Batch<A> batch_of(const TensorView& features, const TensorView& cluster_index,
                   const ClusterMarginOptions& options, const TensorView& state,
-                  const TensorView& counts, Execution execution) {
+                  Execution execution) {
   const std::int64_t batch = features.size(0), dimensions = features.size(1);
-  const std::int64_t clusters = counts.size(0) - 1;
+  const std::int64_t clusters = cluster_margin_clusters(state, batch, dimensions);
   return {input<A>(features, "features", batch * dimensions),
           checked_clusters(cluster_index, batch, clusters),
           batch,
           clusters,
           dimensions,
           options,
-          cluster_margin_state<A>(state, counts, batch, clusters, dimensions, kCpuDevice),
+          cluster_margin_state<A>(state, batch, clusters, dimensions, kCpuDevice),
           threads(execution)};
 }
 
@@ -337,11 +337,11 @@ void cluster_margin_forward(const TensorView& features, const TensorView& cluste
                             const std::optional<TensorView>& sample_weight,
                             const ClusterMarginOptions& options, int part, const TensorView& loss,
                             const TensorView& losses, const TensorView& state,
-                            const TensorView& counts, Execution execution) {
+                            Execution execution) {
   const Part step = checked_part(part);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using A = Compute<decltype(zero)>;
-    const Batch<A> b = batch_of<A>(features, cluster_index, options, state, counts, execution);
+    const Batch<A> b = batch_of<A>(features, cluster_index, options, state, execution);
     const A* weights = sample_weight ? input<A>(*sample_weight, "sample_weight", b.batch) : nullptr;
     A* of_samples = output<A>(losses, "losses", b.batch);
     A* reduced = output<A>(loss, "loss", number_of_losses(options.reduction, b.batch));
@@ -360,13 +360,12 @@ void cluster_margin_forward(const TensorView& features, const TensorView& cluste
 
 void cluster_margin_backward(const TensorView& grad_loss, const TensorView& features,
                              const TensorView& cluster_index, const ClusterMarginOptions& options,
-                             int part, const TensorView& state, const TensorView& counts,
-                             const TensorView& grad_centroids, const TensorView& grad_features,
-                             Execution execution) {
+                             int part, const TensorView& state, const TensorView& grad_centroids,
+                             const TensorView& grad_features, Execution execution) {
   const Part step = checked_part(part);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using A = Compute<decltype(zero)>;
-    const Batch<A> b = batch_of<A>(features, cluster_index, options, state, counts, execution);
+    const Batch<A> b = batch_of<A>(features, cluster_index, options, state, execution);
     Backward<A> backward(
         b, input<A>(grad_loss, "grad_loss", number_of_losses(options.reduction, b.batch)),
         output<A>(grad_centroids, "grad_centroids", b.clusters * b.dimensions),

@@ -51,7 +51,7 @@ template <class A>
 __global__ void centroids_kernel(Batch<A> b) {
   FACELT_SHARED(A, inverse, 1);
   const std::int64_t m = blockIdx.x;
-  if (m == 0 && threadIdx.x == 0) b.state.counts[b.clusters] = 0;
+  if (m == 0 && threadIdx.x == 0) b.state.sizes[b.clusters] = A(0);
   if (m >= b.clusters) return;
   A* mean = b.state.centroids + m * b.dimensions;
   std::int64_t size = 0;
@@ -69,7 +69,7 @@ __global__ void centroids_kernel(Batch<A> b) {
     if (lane_of_warp() == 0) {
       *inverse = own;
       b.state.inverse_norms[m] = own;
-      b.state.counts[m] = size;
+      b.state.sizes[m] = static_cast<A>(size);
     }
   }
   __syncthreads();
@@ -101,7 +101,7 @@ enum class Kind { kOwn, kBetween, kWithin, kNone };
 template <class A>
 __device__ Kind kind_of(const HingeTask<A>& task, std::int64_t own, std::int64_t m) {
   if (m == own) return Kind::kOwn;
-  if (task.batch.state.counts[m] == 0) return Kind::kNone;
+  if (task.batch.state.sizes[m] == A(0)) return Kind::kNone;
   return task.cluster_class[m] == task.cluster_class[own] ? Kind::kWithin : Kind::kBetween;
 }
 
@@ -226,7 +226,7 @@ __global__ void centroid_gradient_kernel(GradientTask<A> task) {
     along += sum * centroid[d];
   }
   along = b.normalize ? block_sum(shared, along) : A(0);
-  const A size = static_cast<A>(b.state.counts[m]);
+  const A size = b.state.sizes[m];
   const A scale = size > A(0) ? b.state.inverse_norms[m] / size : A(0);
   for (std::int64_t d = threadIdx.x; d < b.dimensions; d += kThreads) {
     grad[d] = scale * (grad[d] - along * centroid[d]);
@@ -251,9 +251,9 @@ __global__ void feature_gradient_kernel(GradientTask<A> task) {
 
 template <class A>
 Batch<A> make_batch(const TensorView& features, const TensorView& cluster_index, bool normalize,
-                    const TensorView& state, const TensorView& counts) {
+                    const TensorView& state) {
   const std::int64_t batch = features.size(0), dimensions = features.size(1);
-  const std::int64_t clusters = counts.size(0) - 1;
+  const std::int64_t clusters = cluster_margin_clusters(state, batch, dimensions);
   const int device = features.device;
   return {batch,
           clusters,
@@ -261,7 +261,7 @@ Batch<A> make_batch(const TensorView& features, const TensorView& cluster_index,
           pointer<const A>(features, "features", Scalar<A>::kType, batch * dimensions, device),
           pointer<const std::int64_t>(cluster_index, "cluster_index", ScalarType::kInt64, batch,
                                       device),
-          cluster_margin_state<A>(state, counts, batch, clusters, dimensions, device),
+          cluster_margin_state<A>(state, batch, clusters, dimensions, device),
           normalize};
 }
 
@@ -272,14 +272,14 @@ void cluster_margin_forward(const TensorView& features, const TensorView& cluste
                             const std::optional<TensorView>& sample_weight,
                             const ClusterMarginOptions& options, int part, const TensorView& loss,
                             const TensorView& losses, const TensorView& state,
-                            const TensorView& counts, Execution execution) {
+                            Execution execution) {
   const Part step = checked_part(part);
   const int device = features.device;
   const stream_t stream = stream_of(execution);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using A = Compute<decltype(zero)>;
     constexpr ScalarType kType = Scalar<A>::kType;
-    const Batch<A> b = make_batch<A>(features, cluster_index, options.normalize, state, counts);
+    const Batch<A> b = make_batch<A>(features, cluster_index, options.normalize, state);
     const HingeTask<A> task{
         b,
         pointer<const std::int64_t>(cluster_class, "cluster_class", ScalarType::kInt64, b.clusters,
@@ -304,16 +304,15 @@ void cluster_margin_forward(const TensorView& features, const TensorView& cluste
 
 void cluster_margin_backward(const TensorView& grad_loss, const TensorView& features,
                              const TensorView& cluster_index, const ClusterMarginOptions& options,
-                             int part, const TensorView& state, const TensorView& counts,
-                             const TensorView& grad_centroids, const TensorView& grad_features,
-                             Execution execution) {
+                             int part, const TensorView& state, const TensorView& grad_centroids,
+                             const TensorView& grad_features, Execution execution) {
   const Part step = checked_part(part);
   const int device = features.device;
   const stream_t stream = stream_of(execution);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using A = Compute<decltype(zero)>;
     constexpr ScalarType kType = Scalar<A>::kType;
-    const Batch<A> b = make_batch<A>(features, cluster_index, options.normalize, state, counts);
+    const Batch<A> b = make_batch<A>(features, cluster_index, options.normalize, state);
     const GradientTask<A> task{
         b,
         pointer<const A>(grad_loss, "grad_loss", kType,

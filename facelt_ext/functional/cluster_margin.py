@@ -160,17 +160,17 @@ class ClusterMarginFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features, cluster_index, cluster_class, sample_weight, options):
-        loss, losses, *state = _forward(
+        loss, losses, state = _forward(
             features, cluster_index, cluster_class, sample_weight, *options
         )
-        ctx.save_for_backward(features, cluster_index, cluster_class, sample_weight, *state)
+        ctx.save_for_backward(features, cluster_index, cluster_class, sample_weight, state)
         ctx.options = options
         ctx.mark_non_differentiable(losses)
         return loss, losses
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        features, cluster_index, cluster_class, sample_weight, *state = ctx.saved_tensors
+        features, cluster_index, cluster_class, sample_weight, state = ctx.saved_tensors
         if torch.is_grad_enabled():
             *margins, reduction, _ = ctx.options
 
@@ -181,7 +181,7 @@ class ClusterMarginFunction(torch.autograd.Function):
             with autocast_off(features.device.type):
                 grad = gradient_through_reference(again, features, grad_loss)
         else:
-            grad = _backward(grad_loss, features, cluster_index, *state, *ctx.options)
+            grad = _backward(grad_loss, features, cluster_index, state, *ctx.options)
         return grad, None, None, None, None
 
 
@@ -192,9 +192,9 @@ def _native_options(between: float, within: float, normalize: bool, reduction: s
     return between, within, normalize, REDUCTIONS.index(reduction)
 
 
-def _products(state: Tensor, batch: int, counts: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
+def _products(state: Tensor, features: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Of the state, those of samples and clusters (or the gradient by them), and the centroids."""
-    clusters = len(counts) - 1
+    batch, dimensions = features.shape
     centroids = state[batch * clusters : batch * clusters + clusters * dimensions]
     return state[: batch * clusters].view(batch, clusters), centroids.view(clusters, dimensions)
 
@@ -209,18 +209,17 @@ def _forward_fake(
     return (
         features.new_empty(batch if reduction == "none" else ()),
         features.new_empty(batch),
-        features.new_empty(batch * clusters + clusters * dimensions + clusters),
-        cluster_class.new_empty(clusters + 1),
+        features.new_empty((batch + dimensions + 2) * clusters + 1),
     )
 
 
 @operator(
     "cluster_margin_forward(Tensor features, Tensor cluster_index, Tensor cluster_class,"
-    f" Tensor? sample_weight, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor? sample_weight, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 def _forward(features, cluster_index, cluster_class, sample_weight, *rest):
-    """loss [] or [B], unweighted losses [B], state, samples of the clusters [M + 1]."""
+    """loss [] or [B], unweighted losses [B], state."""
     *options, backend = rest
     features = features.contiguous()
     if sample_weight is not None:
@@ -235,14 +234,14 @@ def _forward(features, cluster_index, cluster_class, sample_weight, *rest):
         _native.run(backend, features, name, *args, WHOLE, *outputs)
         return outputs
     _native.run(backend, features, name, *args, BEFORE_PRODUCTS, *outputs)
-    products, centroids = _products(outputs[2], len(features), outputs[3], features.shape[1])
+    products, centroids = _products(outputs[2], features, len(cluster_class))
     torch.mm(features, centroids.t(), out=products)
     _native.run(backend, features, name, *args, AFTER_PRODUCTS, *outputs)
     return outputs
 
 
 def _backward_fake(
-    grad_loss, features, cluster_index, state, counts, between, within, normalize, reduction,
+    grad_loss, features, cluster_index, state, between, within, normalize, reduction,
     backend,
 ):  # fmt: skip
     return torch.empty_like(features, memory_format=torch.contiguous_format)
@@ -250,26 +249,26 @@ def _backward_fake(
 
 @operator(
     "cluster_margin_backward(Tensor grad_loss, Tensor features, Tensor cluster_index,"
-    f" Tensor state, Tensor counts, {OPTIONS}) -> Tensor",
+    f" Tensor state, {OPTIONS}) -> Tensor",
     _backward_fake,
 )
-def _backward(grad_loss, features, cluster_index, state, counts, *rest):
+def _backward(grad_loss, features, cluster_index, state, *rest):
     *options, backend = rest
     features, grad_loss = features.contiguous(), grad_loss.contiguous()
     batch, dimensions = features.shape
-    clusters = len(counts) - 1
+    clusters = (len(state) - 1) // (batch + dimensions + 2)
     grad_centroids = features.new_empty(clusters, dimensions)
     grad_features = torch.empty_like(features)
     part = WHOLE
     if clusters > FEW_CLUSTERS:
         part = AFTER_PRODUCTS
-        gradient, centroids = _products(state, batch, counts, dimensions)
+        gradient, centroids = _products(state, features, clusters)
         gradient = gradient * grad_loss.view(-1, 1)
         torch.mm(gradient.t(), features, out=grad_centroids)
         torch.mm(gradient, centroids, out=grad_features)
     _native.run(
         backend, features, "cluster_margin_backward", grad_loss, features,
-        cluster_index.contiguous(), _native_options(*options), part, state, counts, grad_centroids,
+        cluster_index.contiguous(), _native_options(*options), part, state, grad_centroids,
         grad_features,
     )  # fmt: skip
     return grad_features
