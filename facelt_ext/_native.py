@@ -52,7 +52,8 @@ def run(backend: str, like: Tensor, function: str, *args: object) -> None:
             stream = torch.cuda.current_stream().cuda_stream
             getattr(_kernels(backend, "cuda"), function)(*args, stream)
     else:
-        getattr(_kernels(backend, like.device.type), function)(*args, torch.get_num_threads())
+        device_type = "cpu" if like.is_cpu else like.device.type
+        getattr(_kernels(backend, device_type), function)(*args, torch.get_num_threads())
 
 
 def call(backend: str, like: Tensor, function: str, *args: int) -> int:
