@@ -85,6 +85,17 @@ def test_as_many_clusters_and_dimensions_as_a_block_has_threads(
             assert_losses_and_grad(run(place, case), expected, case, torch.float32)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("batch", [1, 63, 64, 65, 128, 129, 200])
+@pytest.mark.parametrize("dimensions", [15, 150])
+def test_batches_of_several_parts(place, batch, dimensions, normalize):
+    """A part has at most 64 samples, whose sums the CPU adds up."""
+    case = random_case(16, batch, 7, dimensions, normalize_centroids=normalize)
+    case.options |= {"between_margin": 2.5, "within_margin": 2.5}
+    case = case.to(torch.float32)
+    assert_losses_and_grad(run(place, case), truth(case), case, torch.float32)
+
+
 def test_the_formula_by_hand(any_place):
     """One dimension; clusters of means 2 (class 5), 1 (5), 3 (8), nothing (8), -1 (8)."""
     case = random_case(2, 6, 5, 1, between_margin=0.5, within_margin=-0.5)
