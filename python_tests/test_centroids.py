@@ -32,6 +32,19 @@ def test_centroids_agree_with_literal_loops(any_place, batch, data):
             assert_close(grad[i], upstream[row].double() / len(m), dtype)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dimensions", [31, 64, 128, 150, 300])
+def test_rows_longer_than_any_vector(any_place, dimensions, dtype):
+    generator = torch.Generator().manual_seed(dimensions)
+    x = torch.randn(20, dimensions, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, 4, (20,), generator=generator)
+    with any_place.run():
+        result = functional.class_centroids(x.to(any_place.device), labels.to(any_place.device))
+    expected = literal.centroids_of(x.double().numpy(), labels.numpy())
+    stacked = torch.stack([torch.from_numpy(centroid) for centroid in expected])
+    assert_close(result.centroids, stacked, dtype, float(x.abs().max()))
+
+
 @given(batch=grid_batches(), squared=st.booleans(), data=st.data())
 def test_min_distance_agrees_with_literal_loops(any_place, batch, squared, data):
     """Integer centroids: equal distances are equal in every backend, and go to the first pair."""
