@@ -52,6 +52,7 @@ def run(backend: str, like: Tensor, function: str, *args: object) -> None:
             stream = torch.cuda.current_stream().cuda_stream
             getattr(_kernels(backend, "cuda"), function)(*args, stream)
     else:
+        # The name of a device is a new string each time, which small losses notice.
         device_type = "cpu" if like.is_cpu else like.device.type
         getattr(_kernels(backend, device_type), function)(*args, torch.get_num_threads())
 

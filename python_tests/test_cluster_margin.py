@@ -88,8 +88,8 @@ def test_as_many_clusters_and_dimensions_as_a_block_has_threads(
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("batch", [1, 63, 64, 65, 128, 129, 200])
 @pytest.mark.parametrize("dimensions", [15, 150])
-def test_batches_of_several_parts(place, batch, dimensions, normalize):
-    """A part has at most 64 samples, whose sums the CPU adds up."""
+def test_batches_of_several_chunks(place, batch, dimensions, normalize):
+    """A chunk has at most 64 samples, whose sums the CPU adds up."""
     case = random_case(16, batch, 7, dimensions, normalize_centroids=normalize)
     case.options |= {"between_margin": 2.5, "within_margin": 2.5}
     case = case.to(torch.float32)

@@ -12,18 +12,18 @@ namespace {
 
 constexpr std::int64_t kMostSamples = 64;
 
-// The batch in parts of about as many samples, whatever the threads, so that sums over the samples
+// The batch in chunks of about as many samples, whatever the threads, so that sums over the samples
 // are always added up alike.
-class Parts {
+class Chunks {
  public:
-  explicit Parts(std::int64_t batch)
+  explicit Chunks(std::int64_t batch)
       : batch_(batch),
         count_((batch + kMostSamples - 1) / kMostSamples),
         size_(count_ ? (batch + count_ - 1) / count_ : 0) {}
 
   std::int64_t count() const { return count_; }
-  std::int64_t begin(std::int64_t part) const { return std::min(part * size_, batch_); }
-  std::int64_t size(std::int64_t part) const { return begin(part + 1) - begin(part); }
+  std::int64_t begin(std::int64_t chunk) const { return std::min(chunk * size_, batch_); }
+  std::int64_t size(std::int64_t chunk) const { return begin(chunk + 1) - begin(chunk); }
 
  private:
   std::int64_t batch_, count_, size_;
@@ -209,10 +209,10 @@ class Backward {
         grad_centroids_(grad_centroids),
         grad_features_(grad_features),
         given_(part == Part::kAfterProducts),
-        parts_(batch.batch) {
+        chunks_(batch.batch) {
     if (given_) return;
     gradient_.reset(new A[b_.batch * b_.clusters]);
-    sums_.reset(new A[parts_.count() * b_.clusters * b_.dimensions]);
+    sums_.reset(new A[chunks_.count() * b_.clusters * b_.dimensions]);
     const RowKernels<A>& kernels = row_kernels<A>();
     if (b_.options.reduction != Reduction::kNone) {
       kernels.scale(b_.state.gradient, *grad_loss, gradient_.get(), b_.batch * b_.clusters);
@@ -243,8 +243,8 @@ class Backward {
 
   void features() {
 #pragma omp for schedule(static) nowait
-    for (std::int64_t part = 0; part < parts_.count(); ++part) {
-      const std::int64_t first = parts_.begin(part), count = parts_.size(part);
+    for (std::int64_t chunk = 0; chunk < chunks_.count(); ++chunk) {
+      const std::int64_t first = chunks_.begin(chunk), count = chunks_.size(chunk);
       A* const grad = grad_features_ + first * b_.dimensions;
       const A* shares[kMostSamples];
       for (std::int64_t j = 0; j < count; ++j) {
@@ -263,22 +263,22 @@ class Backward {
   }
 
  private:
-  // The gradient by the centroids, of each part of the batch.
+  // The gradient by the centroids, of each chunk of the batch.
   void multiply() {
 #pragma omp for schedule(static)
-    for (std::int64_t part = 0; part < parts_.count(); ++part) {
-      const std::int64_t first = parts_.begin(part);
+    for (std::int64_t chunk = 0; chunk < chunks_.count(); ++chunk) {
+      const std::int64_t first = chunks_.begin(chunk);
       row_kernels<A>().product({gradient_.get() + first * b_.clusters, 1, b_.clusters,
                                 b_.features + first * b_.dimensions, b_.dimensions, nullptr,
-                                sums_.get() + part * b_.clusters * b_.dimensions, b_.dimensions,
-                                b_.clusters, parts_.size(part), b_.dimensions});
+                                sums_.get() + chunk * b_.clusters * b_.dimensions, b_.dimensions,
+                                b_.clusters, chunks_.size(chunk), b_.dimensions});
     }
   }
 
   void add_up(std::int64_t m, A* grad) const {
     std::fill(grad, grad + b_.dimensions, A(0));
-    for (std::int64_t part = 0; part < parts_.count(); ++part) {
-      row_kernels<A>().add(sums_.get() + (part * b_.clusters + m) * b_.dimensions, grad,
+    for (std::int64_t chunk = 0; chunk < chunks_.count(); ++chunk) {
+      row_kernels<A>().add(sums_.get() + (chunk * b_.clusters + m) * b_.dimensions, grad,
                            b_.dimensions);
     }
   }
@@ -293,9 +293,9 @@ class Backward {
   A* grad_centroids_;
   A* grad_features_;
   bool given_;
-  Parts parts_;
+  Chunks chunks_;
   std::unique_ptr<A[]> gradient_;  // grad_loss times the state's
-  std::unique_ptr<A[]> sums_;      // [parts, M, D] of G^T features
+  std::unique_ptr<A[]> sums_;      // [chunks, M, D] of G^T features
 };
 
 template <class A>

@@ -256,6 +256,7 @@ def _backward(grad_loss, features, cluster_index, state, *rest):
     *options, backend = rest
     features, grad_loss = features.contiguous(), grad_loss.contiguous()
     batch, dimensions = features.shape
+    # The state is laid out in csrc/cluster_margin.h.
     clusters = (len(state) - 1) // (batch + dimensions + 2)
     grad_centroids = features.new_empty(clusters, dimensions)
     grad_features = torch.empty_like(features)
