@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from facelt_ext._checks import check_matrix, checked_integers
+from facelt_ext._checks import check_integers, check_matrix
 
 
 @contextmanager
@@ -55,10 +55,10 @@ def checked_features(
         raise TypeError(f"inputs of batch {number}: expected a tensor, got {type(inputs).__name__}")
     features = model(inputs.to(device, non_blocking=True))
     name = f"features of batch {number}"
-    check_matrix(features, name)
+    features = check_matrix(features, name)
     features = features.cpu()
     labels = labels.cpu() if isinstance(labels, Tensor) else labels
-    labels = checked_integers(labels, f"labels of batch {number}", features, name)
+    labels = check_integers(labels, f"labels of batch {number}", features, name)
     finite = features.isfinite().all(dim=1)
     if not finite.all():
         row = int((~finite).nonzero()[0])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from facelt_ext._checks import INTEGER, check_class_range, check_count, check_integer
+from facelt_ext._checks import check_class_range, check_count, check_integer, check_integers
 from facelt_ext._super_classes_report import draw_sizes, table
 
 if TYPE_CHECKING:
@@ -209,11 +209,10 @@ class SuperClasses:
         )
 
     def _mapped(self, labels: Tensor, tail_labels: Tensor, ignore_index: int | None) -> Tensor:
-        check_integers(labels, "labels")
-        labels = labels.to(torch.int64)
+        labels = check_integers(labels, "labels")
         ignored = torch.zeros_like(labels, dtype=torch.bool)
         if ignore_index is not None:
-            check_integer(ignore_index, "ignore_index")
+            ignore_index = check_integer(ignore_index, "ignore_index")
             if 0 <= ignore_index < self.num_classes:
                 raise ValueError(
                     f"ignore_index: expected a number outside [0, {self.num_classes}), "
@@ -228,18 +227,11 @@ class SuperClasses:
         return torch.where(ignored, labels, mapped)
 
 
-def check_integers(value: Tensor, name: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dtype not in INTEGER:
-        raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
-
-
 def _integers(
     value: Tensor, name: str, length: int | None = None, one_per: str | None = None
 ) -> Tensor:
     """A copy of `value` on the CPU, int64 [length]."""
-    check_integers(value, name)
+    value = check_integers(value, name)
     if value.ndim != 1:
         raise ValueError(f"{name}: expected one dimension, got shape {list(value.shape)}")
     if length is not None and len(value) != length:

@@ -17,13 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from facelt_ext._checks import (
-    check_class_range,
-    check_count,
-    check_matrix,
-)
+from facelt_ext._checks import check_class_range, check_count, check_integers, check_matrix
 from facelt_ext._model_features import checked_features, device_of, evaluating, with_bar
-from facelt_ext._super_classes import SuperClasses, check_integers
+from facelt_ext._super_classes import SuperClasses
 from facelt_ext.clustering import kmeans
 
 __all__ = [
@@ -84,7 +80,7 @@ def class_means(
         TypeError, ValueError: a batch, its features or its labels are not as above, with the
             number of the batch; the loader yields nothing.
     """
-    check_count(num_classes, "num_classes")
+    num_classes = check_count(num_classes, "num_classes")
     device = device_of(model) if device is None else torch.device(device)
     counts = torch.zeros(num_classes, dtype=torch.int64)
     sums = None
@@ -174,7 +170,7 @@ def aggregate(
         TypeError, ValueError: an argument is not as above; no class is in the head and
             `num_super_classes` is None.
     """
-    check_matrix(means, "means")
+    means = check_matrix(means, "means")
     counts = _checked_counts(counts, means)
     head, tails = split_classes(counts, minimums)
     if num_super_classes is None:
@@ -198,11 +194,11 @@ def aggregate(
 
 def _checked_counts(counts: Tensor, means: Tensor | None = None) -> Tensor:
     """`counts` as int64 on the CPU, one for each row of `means`."""
-    check_integers(counts, "counts")
+    counts = check_integers(counts, "counts")
     if counts.ndim != 1 or (means is not None and len(counts) != len(means)):
         wanted = "[num_classes]" if means is None else f"[{len(means)}], one for each row of means"
         raise ValueError(f"counts: expected shape {wanted}, got {list(counts.shape)}")
-    return counts.to("cpu", torch.int64)
+    return counts.cpu()
 
 
 def _check_minimums(minimums: Sequence[int]) -> None:

@@ -51,7 +51,7 @@ class NearestClusterClassifier:
     """
 
     def __init__(self, num_neighbors: int = 20, *, search: str = "products") -> None:
-        check_count(num_neighbors, "num_neighbors")
+        num_neighbors = check_count(num_neighbors, "num_neighbors")
         check_choice(search, "search", tuple(_SEARCHES))
         self.num_neighbors, self.search = num_neighbors, search
         self.classes = torch.empty(0, dtype=torch.int64)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from facelt_ext import _backend, reference
 from facelt_ext._balanced_assignment import BalancedAssignment
-from facelt_ext._checks import check_count, check_integer, check_matrix, check_number
+from facelt_ext._checks import check_count, check_flag, check_matrix, check_number
 from facelt_ext._cluster_exchange import exchange
 from facelt_ext._distances import Distances
 from facelt_ext.functional.super_classes import segment_mean, sorted_members
@@ -91,7 +91,16 @@ def kmeans(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
         ImportError: progress without tqdm.
     """
-    _check(x, k, max_iterations, tolerance, seed)
+    x = _check_points(x)
+    k = check_count(k, "k")
+    if k > len(x):
+        raise ValueError(f"k: expected at most {len(x)}, the rows of x, got {k}")
+    max_iterations = check_count(max_iterations, "max_iterations")
+    tolerance = check_number(tolerance, "tolerance", torch.float64)
+    if tolerance < 0:
+        raise ValueError(f"tolerance: expected at least 0, got {tolerance}")
+    seed = check_count(seed, "seed", minimum=0)
+    spherical, balanced = check_flag(spherical, "spherical"), check_flag(balanced, "balanced")
     x = x.detach().to(compute_dtype(x.dtype)).contiguous()
     points, mean, scale = (unit_rows(x)[0], 0, 1) if spherical else _centered(x)
     engine = _Engine(points, k, spherical)
@@ -134,19 +143,11 @@ def _balanced(
     return assignments, distances
 
 
-def _check(x: Tensor, k: int, max_iterations: int, tolerance: float, seed: int) -> None:
-    check_matrix(x, "x")
-    check_count(k, "k")
-    check_count(max_iterations, "max_iterations")
-    check_number(tolerance, "tolerance", torch.float64)
-    check_integer(seed, "seed")
-    if k > len(x):
-        raise ValueError(f"k: expected at most {len(x)}, the rows of x, got {k}")
-    if tolerance < 0 or seed < 0:
-        name, value = ("tolerance", tolerance) if tolerance < 0 else ("seed", seed)
-        raise ValueError(f"{name}: expected at least 0, got {value}")
+def _check_points(x: Tensor) -> Tensor:
+    x = check_matrix(x, "x")
     if not x.isfinite().all():
         raise ValueError("x: expected finite numbers, got NaN or infinity")
+    return x
 
 
 def _centered(x: Tensor) -> tuple[Tensor, Tensor, float]:

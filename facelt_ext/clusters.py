@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facelt_ext._checks import check_count, check_integer, check_matrix
+from facelt_ext._checks import check_count, check_integers, check_matrix
 from facelt_ext._model_features import checked_features, device_of, evaluating, with_bar
-from facelt_ext._super_classes import check_integers
 from facelt_ext.clustering import kmeans
 from facelt_ext.functional import super_class_mean
 from facelt_ext.reference.margin_softmax import unit_rows
@@ -56,13 +55,11 @@ class ClusterIndex:
     """
 
     def __init__(self, labels: Tensor, *, cluster_size: int = 200, seed: int = 0) -> None:
-        check_integers(labels, "labels")
+        labels = check_integers(labels, "labels")
         if labels.ndim != 1 or len(labels) == 0:
             raise ValueError(f"labels: expected shape [N], N > 0, got {list(labels.shape)}")
-        check_count(cluster_size, "cluster_size")
-        check_integer(seed, "seed")
-        if seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {seed}")
+        cluster_size = check_count(cluster_size, "cluster_size")
+        seed = check_count(seed, "seed", minimum=0)
         self.labels = labels.detach().to("cpu", torch.int64, copy=True)
         self.cluster_size, self.seed = cluster_size, seed
         self.classes, self._class_of, counts = self.labels.unique(
@@ -94,7 +91,7 @@ class ClusterIndex:
 
     def members(self, cluster: int) -> Tensor:
         """The samples of a cluster, int64, ascending."""
-        check_count(cluster, "cluster", minimum=0)
+        cluster = check_count(cluster, "cluster", minimum=0)
         if cluster >= self.num_clusters:
             raise ValueError(
                 f"cluster: expected a number in [0, {self.num_clusters}), got {cluster}"
@@ -121,7 +118,7 @@ class ClusterIndex:
             features: [N, D], finite, in the order of the labels; of any lengths, on any device,
                 where k-means then runs.
         """
-        check_matrix(features, "features")
+        features = check_matrix(features, "features")
         if len(features) != len(self.labels):
             raise ValueError(
                 f"features: expected {len(self.labels)} rows, one for each label, "
@@ -186,7 +183,7 @@ class ClusterIndex:
             samples: integers [B] in [0, N). Of a sample that comes twice the last loss counts.
             losses: [B], finite: `CLMLELoss.sample_losses`.
         """
-        check_integers(samples, "samples")
+        samples = check_integers(samples, "samples")
         if samples.ndim != 1 or losses.shape != samples.shape:
             raise ValueError(
                 f"losses: expected shape {list(samples.shape)}, one for each of samples [B], "

@@ -90,7 +90,7 @@ def arguments(**changes: object) -> dict[str, object]:
             r"labels: expected numbers in \[0, 6\) or -100, got 6 at position 3",
         ),
         ({"labels": torch.tensor([0, -1, 2, 3, 0])}, ValueError, "labels: .*got -1 at position 1"),
-        ({"reduction": "median"}, ValueError, "reduction: expected one of none, mean, sum, got"),
+        ({"reduction": "median"}, ValueError, "reduction: expected one of none, sum, mean, got"),
         ({"workspace": "huge"}, ValueError, "workspace: expected one of low, high, auto, got"),
         ({"ignore_index": 1.0}, TypeError, "ignore_index: expected an int, got float"),
         ({"ignore_index": True}, TypeError, "ignore_index: expected an int, got bool"),

@@ -36,7 +36,7 @@ WRONG = [
     ({"angular_multiplier": 1.5}, TypeError, "angular_multiplier: expected an int, got float"),
     ({"angular_multiplier": True}, TypeError, "angular_multiplier: expected an int, got bool"),
     ({"angular_margin": -0.1}, ValueError, "angular_margin: expected at least 0, got -0.1"),
-    ({"reduction": "avg"}, ValueError, "reduction: expected one of none, mean, sum, got 'avg'"),
+    ({"reduction": "avg"}, ValueError, "reduction: expected one of none, sum, mean, got 'avg'"),
     ({"workspace": "big"}, ValueError, "workspace: expected one of low, high, auto, got 'big'"),
     ({"ignore_index": 1.0}, TypeError, "ignore_index: expected an int, got float"),
     ({"ignore_index": None}, TypeError, "ignore_index: expected an int, got NoneType"),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _native
-from facelt_ext.functional._products import Chunks, autocast_off
+from facelt_ext._autocast import autocast_off
+from facelt_ext.functional._products import Chunks
 from facelt_ext.types import compute_dtype
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -18,6 +17,8 @@ CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 27}
 ROW_BYTES = {"cpu": 4 << 20, "cuda": 1 << 26}
 # What `workspace="auto"` lets the products of a batch take, in bytes.
 KEPT_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}
+# What a caller may choose to keep of the products.
+WORKSPACES = ("low", "high", "auto")
 # Chunks begin where vector loads are aligned.
 MULTIPLE = 64
 HALF = (torch.bfloat16, torch.float16)
@@ -38,13 +39,6 @@ def product_dtype(
 def convertible(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in a type that the kernels turn into `dtype`, which is all but the other half type."""
     return x if x.dtype in (dtype, torch.float32) else x.to(torch.float32)
-
-
-def autocast_off(device: str) -> contextlib.AbstractContextManager:
-    """For products whose dtype was decided before."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 def chunk_size(batch: int, dimensions: int, dtype: torch.dtype, device: str) -> int:

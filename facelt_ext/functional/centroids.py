@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
-from facelt_ext._checks import check_count, check_matrix, checked_integers
+from facelt_ext._checks import check_count, check_flag, check_integers, check_matrix
 from facelt_ext._operators import operator
 from facelt_ext.functional._second_order import gradient_through_reference
 from facelt_ext.functional.groups import classes_and_counts, group_labels, number_of_classes
@@ -31,10 +31,10 @@ def class_centroids(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
     """
-    check_matrix(features, "features")
-    labels = checked_integers(labels, "labels", features, "features")
+    features = check_matrix(features, "features")
+    labels = check_integers(labels, "labels", features, "features")
     if max_classes is not None:
-        check_count(max_classes, "max_classes", minimum=0)
+        max_classes = check_count(max_classes, "max_classes", minimum=0)
     backend = _backend.current()
     if backend == "reference":
         return reference.class_centroids(features, labels, max_classes=max_classes)
@@ -62,9 +62,10 @@ def min_centroid_distance(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
     """
-    check_matrix(centroids, "centroids")
+    centroids = check_matrix(centroids, "centroids")
+    squared = check_flag(squared, "squared")
     if counts is not None:
-        counts = checked_integers(counts, "counts", centroids, "centroids")
+        counts = check_integers(counts, "counts", centroids, "centroids")
     backend = _backend.current()
     if backend == "reference":
         return reference.min_centroid_distance(centroids, counts, squared=squared)
@@ -72,7 +73,7 @@ def min_centroid_distance(
         counts = torch.ones(centroids.shape[0], dtype=torch.int64, device=centroids.device)
     centroids = centroids.to(compute_dtype(centroids.dtype))
     return MinCentroidDistance(
-        *MinCentroidDistanceFunction.apply(centroids, counts, bool(squared), backend)
+        *MinCentroidDistanceFunction.apply(centroids, counts, squared, backend)
     )
 
 

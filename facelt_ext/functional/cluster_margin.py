@@ -4,15 +4,18 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, _native
+from facelt_ext._autocast import autocast_off
 from facelt_ext._checks import (
+    FLOATING,
     check_choice,
     check_class_range,
+    check_flag,
+    check_integers,
     check_matrix,
     check_number,
-    checked_integers,
+    check_tensor,
 )
 from facelt_ext._operators import operator
-from facelt_ext.functional._products import autocast_off
 from facelt_ext.functional._reductions import REDUCTIONS
 from facelt_ext.functional._second_order import gradient_through_reference
 from facelt_ext.reference.cluster_margin import sample_losses
@@ -90,15 +93,13 @@ def cluster_margin_losses(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and of each sample the unweighted one, [B], without a gradient."""
-    check_matrix(features, "features")
-    cluster_index = checked_integers(cluster_index, "cluster_index", features, "features")
-    if not isinstance(cluster_class, Tensor):
-        raise TypeError(f"cluster_class: expected a tensor, got {type(cluster_class).__name__}")
+    features = check_matrix(features, "features")
+    cluster_index = check_integers(cluster_index, "cluster_index", features, "features")
+    cluster_class = check_integers(cluster_class, "cluster_class")
     if cluster_class.ndim != 1:
         raise ValueError(
             f"cluster_class: expected shape [clusters], got {list(cluster_class.shape)}"
         )
-    cluster_class = checked_integers(cluster_class, "cluster_class", cluster_class, "cluster_class")
     if cluster_class.device != features.device:
         raise ValueError(
             f"cluster_class: expected device {features.device}, where features is, got "
@@ -109,15 +110,16 @@ def cluster_margin_losses(
             f"cluster_class: expected at least one cluster for {len(features)} samples, got none"
         )
     dtype = compute_dtype(features.dtype)
-    check_number(between_margin, "between_margin", dtype)
-    check_number(within_margin, "within_margin", dtype)
-    check_choice(reduction, "reduction", REDUCTIONS)
+    between_margin = check_number(between_margin, "between_margin", dtype)
+    within_margin = check_number(within_margin, "within_margin", dtype)
+    normalize_centroids = check_flag(normalize_centroids, "normalize_centroids")
+    reduction = check_choice(reduction, "reduction", REDUCTIONS)
     if sample_weight is not None:
-        _check_sample_weight(sample_weight, features)
+        sample_weight = _check_sample_weight(sample_weight, features)
     backend = _backend.current()
     if backend == "reference" or _backend.debugging():
         check_class_range(cluster_index, "cluster_index", len(cluster_class), None)
-    margins = float(between_margin), float(within_margin), bool(normalize_centroids)
+    margins = float(between_margin), float(within_margin), normalize_centroids
     if backend == "reference":
         with autocast_off(features.device.type):
             losses = sample_losses(features, cluster_index, cluster_class, *margins)
@@ -139,10 +141,10 @@ def _reduced(losses: Tensor, sample_weight: Tensor | None, reduction: str) -> Te
     return losses.sum() if reduction == "sum" else losses.sum() / max(len(losses), 1)
 
 
-def _check_sample_weight(sample_weight: Tensor, features: Tensor) -> None:
-    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
-        got = getattr(sample_weight, "dtype", type(sample_weight).__name__)
-        raise TypeError(f"sample_weight: expected a floating tensor, got {got}")
+def _check_sample_weight(sample_weight: Tensor, features: Tensor) -> Tensor:
+    sample_weight = check_tensor(sample_weight, "sample_weight")
+    if sample_weight.dtype not in FLOATING:
+        raise TypeError(f"sample_weight: expected a floating dtype, got {sample_weight.dtype}")
     wanted = [features.shape[0]]
     if list(sample_weight.shape) != wanted or sample_weight.device != features.device:
         raise ValueError(
@@ -153,6 +155,7 @@ def _check_sample_weight(sample_weight: Tensor, features: Tensor) -> None:
         raise ValueError(
             "sample_weight: no gradient goes to weights; expected sample_weight.detach()"
         )
+    return sample_weight
 
 
 class ClusterMarginFunction(torch.autograd.Function):

@@ -4,17 +4,19 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
+from facelt_ext._autocast import autocast_off
 from facelt_ext._checks import (
+    FLOATING,
     check_class_range,
     check_count,
+    check_integers,
     check_matrix,
     check_positive,
-    checked_integers,
+    check_tensor,
 )
 from facelt_ext._operators import operator
 from facelt_ext.functional._products import (
     WeightChunks,
-    autocast_off,
     chunk_size,
     convertible,
     normalized_rows,
@@ -50,9 +52,8 @@ def inter_class_compactness(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
     """
-    index = _checked(weight, index, scale)
-    check_count(k, "k")
-    return _compactness(weight, index, k, float(scale))
+    weight, index, scale = _checked(weight, index, scale)
+    return _compactness(weight, index, check_count(k, "k"), scale)
 
 
 def domain_frequency_indicator(
@@ -81,42 +82,43 @@ def domain_frequency_indicator(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
     """
-    index = _checked(weight, index, scale)
-    check_count(k, "k", minimum=0)
+    weight, index, scale = _checked(weight, index, scale)
+    k = check_count(k, "k", minimum=0)
     compute = compute_dtype(weight.dtype)
-    epsilon = checked_epsilon(epsilon, weight)
-    check_positive(max_indicator, "max_indicator", compute)
+    epsilon = check_epsilon(epsilon, weight)
+    max_indicator = check_positive(max_indicator, "max_indicator", compute)
     if k == 0:
         return weight.new_ones(len(weight) if index is None else len(index), dtype=compute)
-    return indicator(_compactness(weight, index, k, float(scale)), epsilon, max_indicator)
+    return indicator(_compactness(weight, index, k, scale), epsilon, max_indicator)
 
 
-def _checked(weight: Tensor, index: Tensor | None, scale: float) -> Tensor | None:
-    """The index as int64."""
-    check_matrix(weight, "weight")
+def _checked(
+    weight: Tensor, index: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None, float]:
+    weight = check_matrix(weight, "weight")
     if len(weight) < 1:
         raise ValueError(f"weight: expected at least one row, got {list(weight.shape)}")
-    check_positive(scale, "scale", compute_dtype(weight.dtype))
+    scale = float(check_positive(scale, "scale", compute_dtype(weight.dtype)))
     if index is None:
-        return None
-    if not isinstance(index, Tensor):
-        raise TypeError(f"index: expected a tensor, got {type(index).__name__}")
+        return weight, None, scale
+    index = check_integers(index, "index")
     if index.ndim != 1:
         raise ValueError(f"index: expected shape [classes to look at], got {list(index.shape)}")
-    index = checked_integers(index, "index", index, "index")
     if index.device != weight.device:
         raise ValueError(
             f"index: expected device {weight.device}, where weight is, got {index.device}"
         )
     if _backend.current() == "reference" or _backend.debugging():
         check_class_range(index, "index", len(weight), None)
-    return index
+    return weight, index, scale
 
 
-def checked_epsilon(epsilon: float | Tensor, weight: Tensor) -> float | Tensor:
+def check_epsilon(epsilon: float | Tensor, weight: Tensor) -> float | Tensor:
     if not isinstance(epsilon, Tensor):
-        check_positive(epsilon, "epsilon", compute_dtype(weight.dtype))
-        return epsilon
+        return check_positive(epsilon, "epsilon", compute_dtype(weight.dtype))
+    epsilon = check_tensor(epsilon, "epsilon")
+    if epsilon.dtype not in FLOATING:
+        raise TypeError(f"epsilon: expected a floating dtype, got {epsilon.dtype}")
     if epsilon.ndim != 0 or epsilon.device != weight.device:
         raise ValueError(
             f"epsilon: expected a number, or shape [] on {weight.device}, got "

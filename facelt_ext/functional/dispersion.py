@@ -4,20 +4,22 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, reference
+from facelt_ext._autocast import autocast_off
 from facelt_ext._checks import (
     check_choice,
     check_class_range,
     check_integer,
+    check_integers,
     check_matrix,
-    checked_integers,
 )
 from facelt_ext.functional._dispersion_operators import backward, forward, parts_of
 from facelt_ext.functional._products import (
-    autocast_off,
+    WORKSPACES,
     convertible,
     keeps_products,
     product_dtype,
 )
+from facelt_ext.functional._reductions import REDUCTIONS
 from facelt_ext.functional._second_order import gradients_through_reference
 from facelt_ext.functional.super_classes import SuperClassIndex
 from facelt_ext.reference.margin_softmax import reduced
@@ -70,9 +72,9 @@ def dispersion_softmax_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
     """
-    check_matrix(features, "features")
-    _check_rows(head_weight, "head_weight", features)
-    _check_rows(tail_weight, "tail_weight", features)
+    features = check_matrix(features, "features")
+    head_weight = _check_rows(head_weight, "head_weight", features)
+    tail_weight = _check_rows(tail_weight, "tail_weight", features)
     if head_weight.dtype != tail_weight.dtype:
         raise TypeError(
             f"tail_weight: expected dtype {head_weight.dtype}, as head_weight, got "
@@ -103,7 +105,7 @@ def dispersion_loss(
             f"super_class: expected shape [{len(tail)}] on {features.device}, one for each row of "
             f"tail_weight, got [{num_tail}] on {super_class.index.device}"
         )
-    labels = checked_integers(labels, "labels", features, "features")
+    labels = check_integers(labels, "labels", features, "features")
     num_classes = len(head) + num_tail
     if num_classes == 0:
         raise ValueError("head_weight, tail_weight: expected a row in one of them, got none")
@@ -112,9 +114,9 @@ def dispersion_loss(
     features, weight = convertible(features, dtype), convertible(weight, dtype)
     if tail_weight is not None:
         tail_weight = convertible(tail_weight, dtype)
-    check_integer(ignore_index, "ignore_index")
-    check_choice(reduction, "reduction", ("none", "mean", "sum"))
-    check_choice(workspace, "workspace", ("low", "high", "auto"))
+    ignore_index = check_integer(ignore_index, "ignore_index")
+    reduction = check_choice(reduction, "reduction", REDUCTIONS)
+    workspace = check_choice(workspace, "workspace", WORKSPACES)
     backend = _backend.current()
     if backend == "reference" or _backend.debugging():
         check_class_range(labels, "labels", num_classes, ignore_index)
@@ -135,8 +137,8 @@ def dispersion_loss(
     return reduced(losses, labels != ignore_index, reduction)
 
 
-def _check_rows(weight: Tensor, name: str, features: Tensor) -> None:
-    check_matrix(weight, name)
+def _check_rows(weight: Tensor, name: str, features: Tensor) -> Tensor:
+    weight = check_matrix(weight, name)
     if weight.shape[1] != features.shape[1]:
         raise ValueError(
             f"{name}: expected shape [classes, {features.shape[1]}], the features' dimensions, got "
@@ -146,6 +148,7 @@ def _check_rows(weight: Tensor, name: str, features: Tensor) -> None:
         raise ValueError(
             f"{name}: expected device {features.device}, where features is, got {weight.device}"
         )
+    return weight
 
 
 class DispersionSoftmaxFunction(torch.autograd.Function):

@@ -6,26 +6,32 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, reference
+from facelt_ext._autocast import autocast_off
 from facelt_ext._checks import (
     check_choice,
     check_class_range,
     check_count,
+    check_flag,
     check_integer,
+    check_integers,
+    check_margin,
     check_positive,
     check_weight,
-    checked_integers,
-    checked_margin,
 )
 from facelt_ext.functional._margin_softmax_operators import backward, forward
 from facelt_ext.functional._products import (
-    autocast_off,
+    WORKSPACES,
     convertible,
     keeps_products,
     product_dtype,
 )
+from facelt_ext.functional._reductions import REDUCTIONS
 from facelt_ext.functional._second_order import gradients_through_reference
 from facelt_ext.reference.margin_softmax import reduced
 from facelt_ext.types import compute_dtype
+
+# An angle of up to pi times this is exact to a few units in the last place of float64.
+LARGEST_MULTIPLIER = 1000
 
 
 def margin_softmax_loss(
@@ -64,7 +70,7 @@ def margin_softmax_loss(
         cosine_margin: taken off the target's cosine; a number, one per class [N] or one per sample
             [B, 1]. No gradient goes to it.
         angular_margin: added to the target's angle, in radians, at least 0; as above.
-        angular_multiplier: of the target's angle, an integer of at least 1.
+        angular_multiplier: of the target's angle, an integer in [1, 1000].
         normalize_features: False multiplies each sample's logits with the norm of its feature.
         normalize_weight: False takes the rows as they are, and allows no margin.
         reduction: "mean" (over the samples that are not ignored; of none it is 0), "sum" or "none".
@@ -88,18 +94,22 @@ def margin_softmax_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
     """
-    check_weight(weight, features)
-    labels = checked_integers(labels, "labels", features, "features")
+    weight, features = check_weight(weight, features)
+    labels = check_integers(labels, "labels", features, "features")
     dtype = product_dtype(features.dtype, weight.dtype, features.device.type)
     features, weight = convertible(features, dtype), convertible(weight, dtype)
     compute = compute_dtype(dtype)
-    check_positive(scale, "scale", compute)
-    check_count(angular_multiplier, "angular_multiplier")
-    check_integer(ignore_index, "ignore_index")
-    check_choice(reduction, "reduction", ("none", "mean", "sum"))
-    check_choice(workspace, "workspace", ("low", "high", "auto"))
-    cosine_margin = checked_margin(cosine_margin, "cosine_margin", features, weight, -math.inf)
-    angular_margin = checked_margin(angular_margin, "angular_margin", features, weight, 0)
+    scale = check_positive(scale, "scale", compute)
+    angular_multiplier = check_count(
+        angular_multiplier, "angular_multiplier", maximum=LARGEST_MULTIPLIER
+    )
+    ignore_index = check_integer(ignore_index, "ignore_index")
+    reduction = check_choice(reduction, "reduction", REDUCTIONS)
+    workspace = check_choice(workspace, "workspace", WORKSPACES)
+    normalize_features = check_flag(normalize_features, "normalize_features")
+    normalize_weight = check_flag(normalize_weight, "normalize_weight")
+    cosine_margin = check_margin(cosine_margin, "cosine_margin", features, weight, -math.inf)
+    angular_margin = check_margin(angular_margin, "angular_margin", features, weight, 0)
     if not normalize_weight and (
         angular_multiplier > 1 or _has_margin(cosine_margin, angular_margin)
     ):
@@ -116,7 +126,7 @@ def margin_softmax_loss(
                 reduction=reduction, ignore_index=ignore_index,
             )  # fmt: skip
     options = (
-        float(scale), angular_multiplier, bool(normalize_features), bool(normalize_weight), 0,
+        float(scale), angular_multiplier, normalize_features, normalize_weight, 0,
         len(weight), ignore_index,
     )  # fmt: skip
     wants_gradient = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
-from facelt_ext._checks import check_choice, check_matrix, check_number, checked_integers
+from facelt_ext._checks import check_choice, check_integers, check_matrix, check_number
 from facelt_ext._operators import operator
 from facelt_ext.functional._reductions import REDUCTIONS
 from facelt_ext.functional._second_order import gradient_through_reference
@@ -52,12 +52,12 @@ def quintuplet_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
     """
-    check_matrix(features, "features")
-    labels = checked_integers(labels, "labels", features, "features")
-    cluster_index = checked_integers(cluster_index, "cluster_index", features, "features")
+    features = check_matrix(features, "features")
+    labels = check_integers(labels, "labels", features, "features")
+    cluster_index = check_integers(cluster_index, "cluster_index", features, "features")
     dtype = compute_dtype(features.dtype)
-    margins = checked_margins(margins, dtype)
-    check_choice(reduction, "reduction", REDUCTIONS)
+    margins = check_margins(margins, dtype)
+    reduction = check_choice(reduction, "reduction", REDUCTIONS)
     backend = _backend.current()
     if backend == "reference":
         return reference.quintuplet_loss(
@@ -68,14 +68,13 @@ def quintuplet_loss(
     )
 
 
-def checked_margins(margins: Sequence[float], dtype: torch.dtype) -> tuple[float, float, float]:
+def check_margins(margins: Sequence[float], dtype: torch.dtype) -> tuple[float, float, float]:
     if not isinstance(margins, (tuple, list)):
         raise TypeError(f"margins: expected three numbers, got {type(margins).__name__}")
     if len(margins) != 3:
         raise ValueError(f"margins: expected three numbers, got {len(margins)}")
-    for i, margin in enumerate(margins):
-        check_number(margin, f"margins[{i}]", dtype)
-    return float(margins[0]), float(margins[1]), float(margins[2])
+    g1, g2, g3 = (check_number(each, f"margins[{i}]", dtype) for i, each in enumerate(margins))
+    return g1, g2, g3
 
 
 class QuintupletFunction(torch.autograd.Function):

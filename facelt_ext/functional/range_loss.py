@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
-from facelt_ext._checks import check_count, check_matrix, check_number, checked_integers
+from facelt_ext._checks import (
+    check_count,
+    check_flag,
+    check_integers,
+    check_matrix,
+    check_number,
+)
 from facelt_ext._operators import operator
 from facelt_ext.functional._second_order import gradient_through_reference
 from facelt_ext.types import compute_dtype
@@ -46,13 +52,14 @@ def range_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
     """
-    check_matrix(features, "features")
-    labels = checked_integers(labels, "labels", features, "features")
-    check_count(k, "k")
+    features = check_matrix(features, "features")
+    labels = check_integers(labels, "labels", features, "features")
+    k = check_count(k, "k")
     dtype = compute_dtype(features.dtype)
-    check_number(margin, "margin", dtype)
-    check_number(alpha, "alpha", dtype)
-    check_number(beta, "beta", dtype)
+    margin = check_number(margin, "margin", dtype)
+    alpha = check_number(alpha, "alpha", dtype)
+    beta = check_number(beta, "beta", dtype)
+    squared = check_flag(squared, "squared")
     backend = _backend.current()
     # No class has more pairs than the batch; larger numbers would only cost memory.
     k = max(1, min(k, features.shape[0] * (features.shape[0] - 1) // 2))
@@ -61,7 +68,7 @@ def range_loss(
             features, labels, k=k, margin=margin, alpha=alpha, beta=beta, squared=squared
         )
     return RangeLossFunction.apply(
-        features, labels, k, float(margin), float(alpha), float(beta), bool(squared), backend
+        features, labels, k, float(margin), float(alpha), float(beta), squared, backend
     )
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
-from facelt_ext._checks import check_count, check_matrix, checked_integers
+from facelt_ext._checks import check_count, check_flag, check_integers, check_matrix
 from facelt_ext._operators import operator
 from facelt_ext.functional._second_order import gradient_through_reference
 from facelt_ext.functional.groups import classes_and_counts, group_labels, number_of_classes
@@ -43,19 +43,18 @@ def class_ranges(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
     """
-    check_matrix(features, "features")
-    labels = checked_integers(labels, "labels", features, "features")
-    check_count(k, "k")
+    features = check_matrix(features, "features")
+    labels = check_integers(labels, "labels", features, "features")
+    k = check_count(k, "k")
+    squared = check_flag(squared, "squared")
     if max_classes is not None:
-        check_count(max_classes, "max_classes", minimum=0)
+        max_classes = check_count(max_classes, "max_classes", minimum=0)
     backend = _backend.current()
     if backend == "reference":
         return reference.class_ranges(features, labels, k, squared=squared, max_classes=max_classes)
     groups = group_labels(labels, backend)
     rows = number_of_classes(groups, max_classes)
-    ranges, pairs = ClassRangesFunction.apply(
-        features, labels, groups, rows, k, bool(squared), backend
-    )
+    ranges, pairs = ClassRangesFunction.apply(features, labels, groups, rows, k, squared, backend)
     classes, counts = classes_and_counts(labels, groups, rows)
     return ClassRanges(classes, ranges, pairs, counts)
 

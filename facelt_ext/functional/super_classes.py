@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from facelt_ext import _backend, _native, reference
-from facelt_ext._checks import INTEGER, check_count, check_matrix
+from facelt_ext._checks import check_count, check_integers, check_matrix
 from facelt_ext._operators import operator
 
 
@@ -60,10 +60,7 @@ class SuperClassIndex(nn.Module):
 
 
 def checked_super_class(super_class: Tensor) -> Tensor:
-    if not isinstance(super_class, Tensor):
-        raise TypeError(f"super_class: expected a tensor, got {type(super_class).__name__}")
-    if super_class.dtype not in INTEGER:
-        raise TypeError(f"super_class: expected an integer dtype, got {super_class.dtype}")
+    super_class = check_integers(super_class, "super_class")
     if super_class.ndim != 1:
         raise ValueError(
             f"super_class: expected shape [classes], one for each, got {list(super_class.shape)}"
@@ -130,7 +127,7 @@ def super_class_mean(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, or a
             super class without a row.
     """
-    check_matrix(weight, "weight")
+    weight = check_matrix(weight, "weight")
     index, order, offsets = _members(super_class, num_super_classes)
     if len(index) != len(weight) or index.device != weight.device:
         raise ValueError(
@@ -163,8 +160,7 @@ def _checked_count(index: Tensor, num_super_classes: int | None) -> int:
     """None: what the index says, which waits for the device."""
     if num_super_classes is None:
         return max(int(index.max()), 0) + 1 if len(index) else 0
-    check_count(num_super_classes, "num_super_classes", minimum=min(len(index), 1))
-    return num_super_classes
+    return check_count(num_super_classes, "num_super_classes", minimum=min(len(index), 1))
 
 
 class SuperClassMeanFunction(torch.autograd.Function):

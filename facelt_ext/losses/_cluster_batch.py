@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from facelt_ext._checks import check_matrix, checked_integers
+from facelt_ext._checks import check_integers, check_matrix
 from facelt_ext.types import compute_dtype
 
 
@@ -12,8 +12,8 @@ def checked_cluster_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a batch of whole clusters, one after another with `size` samples each: the features
     divided by their norms in the compute dtype, the labels, and the cluster of each sample."""
-    check_matrix(features, "features")
-    labels = checked_integers(labels, "labels", features, "features")
+    features = check_matrix(features, "features")
+    labels = check_integers(labels, "labels", features, "features")
     batch = len(labels)
     if batch % size:
         raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from facelt_ext import functional
-from facelt_ext._checks import check_count, check_weight, checked_integers
+from facelt_ext._checks import check_count, check_integers, check_weight
 from facelt_ext.aggregation import SuperClasses
 from facelt_ext.functional._label_map import IGNORED, mapped_labels
 from facelt_ext.functional.dispersion import dispersion_loss
@@ -60,8 +60,8 @@ class SuperClassLoss(nn.Module):
 
     def _rows(self, features: Tensor, labels: Tensor) -> Tensor:
         """The row of each sample's class, [B]."""
-        check_weight(self.weight, features)
-        labels = checked_integers(labels, "labels", features, "features")
+        features = check_weight(self.weight, features)[1]
+        labels = check_integers(labels, "labels", features, "features")
         return mapped_labels(labels, self.label_map, self.ignore_index)
 
     def extra_repr(self) -> str:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from facelt_ext import functional
-from facelt_ext._checks import check_count, check_positive, check_weight, checked_integers
-from facelt_ext.functional.compactness import checked_epsilon
+from facelt_ext._checks import check_count, check_integers, check_positive, check_weight
+from facelt_ext.functional.compactness import check_epsilon
 from facelt_ext.losses.margin_softmax import MarginSoftmaxLoss
 from facelt_ext.reference.compactness import indicator
 from facelt_ext.reference.margin_softmax import reduced
@@ -88,8 +88,8 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         """
-        check_weight(self.weight, features)
-        labels = checked_integers(labels, "labels", features, "features")
+        features = check_weight(self.weight, features)[1]
+        labels = check_integers(labels, "labels", features, "features")
         if gate is not None and gate.shape != labels.shape:
             raise ValueError(
                 f"gate: expected shape {list(labels.shape)}, one for each label, got "
@@ -152,7 +152,7 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
     def _epsilon(self, compactness: Tensor) -> float | Tensor:
         """The mean of what is known, or, while that is nothing, of the batch's own."""
         if self.epsilon != "auto":
-            return checked_epsilon(self.epsilon, self.weight)
+            return check_epsilon(self.epsilon, self.weight)
         mean = self.compactness.nanmean()
         return positive(torch.where(mean.isnan(), compactness.mean(), mean))
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from facelt_ext._checks import check_count
 from facelt_ext.functional import quintuplet_loss
-from facelt_ext.functional.quintuplets import checked_margins
+from facelt_ext.functional.quintuplets import check_margins
 from facelt_ext.losses._cluster_batch import checked_cluster_batch
 
 
@@ -29,7 +29,7 @@ class LMLELoss(nn.Module):
     def __init__(self, margins: Sequence[float], *, samples_per_cluster: int = 20) -> None:
         super().__init__()
         check_count(samples_per_cluster, "samples_per_cluster")
-        self.margins = checked_margins(margins, torch.float32)
+        self.margins = check_margins(margins, torch.float32)
         self.samples_per_cluster = samples_per_cluster
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
