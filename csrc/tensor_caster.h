@@ -14,7 +14,10 @@ namespace py = pybind11;
 // statics are.
 struct TorchNames {
   PyObject* tensor_type;
+  PyObject* parameter_type;
+  PyObject* no_dispatch;  // Tensor.__torch_dispatch__, which does nothing
   PyObject* dtypes[6];
+  PyObject* torch_dispatch = PyUnicode_InternFromString("__torch_dispatch__");
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* shape = PyUnicode_InternFromString("shape");
@@ -26,6 +29,8 @@ struct TorchNames {
   TorchNames() {
     const py::module_ torch = py::module_::import("torch");
     tensor_type = py::object(torch.attr("Tensor")).release().ptr();
+    parameter_type = py::object(torch.attr("nn").attr("Parameter")).release().ptr();
+    no_dispatch = py::object(torch.attr("Tensor").attr("__torch_dispatch__")).release().ptr();
     for (int i = 0; i < 6; ++i) {
       dtypes[i] = py::object(torch.attr(name_of(static_cast<ScalarType>(i)))).release().ptr();
     }
@@ -64,11 +69,24 @@ inline ScalarType scalar_type(PyObject* dtype) {
   throw py::type_error("no kernel takes tensors of dtype " + std::string(py::str(dtype)));
 }
 
+// A type with a __torch_dispatch__ of its own may hold its numbers anywhere: data_ptr() then says
+// nothing, and may even be other than 0.
+inline void check_readable(PyObject* tensor) {
+  const TorchNames& names = TorchNames::get();
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  if (type == names.tensor_type || type == names.parameter_type) return;
+  const std::string name = Py_TYPE(tensor)->tp_name;
+  if (!PyType_IsSubtype(Py_TYPE(tensor), reinterpret_cast<PyTypeObject*>(names.tensor_type))) {
+    throw py::type_error("expected a torch.Tensor, got " + name);
+  }
+  if (attribute(type, names.torch_dispatch).ptr() != names.no_dispatch) {
+    throw py::type_error("expected a tensor with memory of its own, got " + name);
+  }
+}
+
 inline TensorView view_of(PyObject* tensor) {
   const TorchNames& names = TorchNames::get();
-  if (!PyType_IsSubtype(Py_TYPE(tensor), reinterpret_cast<PyTypeObject*>(names.tensor_type))) {
-    throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(tensor)->tp_name);
-  }
+  check_readable(tensor);
   TensorView view;
   view.dtype = scalar_type(attribute(tensor, names.dtype).ptr());
   const py::object shape = attribute(tensor, names.shape);

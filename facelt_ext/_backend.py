@@ -5,8 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
 from facelt_ext import _native
 
+# torch 2.6 does not tell.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 BACKENDS = ("native", "reference", "emulated")
 
 
@@ -27,6 +33,47 @@ _debug = False
 
 def current() -> str:
     return _backend
+
+
+def of_call(function: str, *inputs: Tensor, traceable: bool = False) -> str:
+    """The backend of a call with these inputs.
+
+    What torch.export makes is plain PyTorch where that is `traceable`: it runs without this
+    package.
+
+    Args:
+        function: its name, for the errors.
+        traceable: whether the steps of its reference are the same for all values.
+
+    Raises:
+        RuntimeError: kernels run under a transform of torch.func or forward-mode AD, which have to
+            see each step; the reference runs under torch.func.vmap and is not `traceable`.
+    """
+    if torch.compiler.is_compiling():
+        return "reference" if traceable and is_exporting() else _backend
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if not transformed and (forward_ad._current_level < 0 or not any(map(_has_tangent, inputs))):
+        return _backend
+    if _backend != "reference":
+        raise RuntimeError(
+            f"{function} has no kernels for the transforms of torch.func or for forward-mode AD; "
+            "call it under facelt_ext.use_backend('reference'), or take torch.autograd.grad"
+        )
+    if transformed and not traceable and _under_vmap():
+        raise RuntimeError(
+            f"{function} does not work under torch.func.vmap, as its steps depend on the labels; "
+            "call it once for each batch"
+        )
+    return _backend
+
+
+def _under_vmap() -> bool:
+    vmap = torch._C._functorch.TransformType.Vmap
+    return any(each.key() == vmap for each in torch._C._functorch.get_interpreter_stack())
+
+
+def _has_tangent(value: Tensor) -> bool:
+    return forward_ad.unpack_dual(value).tangent is not None
 
 
 def debugging() -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from facelt_ext._checks import check_tensor
+
 _library = torch.library.Library("facelt_ext", "DEF")
 
 
@@ -25,7 +27,18 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return self._overload(*args)
-        return self._implementation(*args)
+        try:
+            return self._implementation(*args)
+        except (RuntimeError, TypeError):
+            self._blame(args)
+            raise
+
+    def _blame(self, args: tuple[Any, ...]) -> None:
+        """Raises for a tensor that no kernel can read, such as a gradient that came from outside,
+        or what a hook made of a saved tensor."""
+        for argument, value in zip(self._overload._schema.arguments, args, strict=True):
+            if isinstance(value, Tensor):
+                check_tensor(value, argument.name)
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operator]:

@@ -35,7 +35,7 @@ def class_centroids(
     labels = check_integers(labels, "labels", features, "features")
     if max_classes is not None:
         max_classes = check_count(max_classes, "max_classes", minimum=0)
-    backend = _backend.current()
+    backend = _backend.of_call("class_centroids", features)
     if backend == "reference":
         return reference.class_centroids(features, labels, max_classes=max_classes)
     groups = group_labels(labels, backend)
@@ -66,7 +66,7 @@ def min_centroid_distance(
     squared = check_flag(squared, "squared")
     if counts is not None:
         counts = check_integers(counts, "counts", centroids, "centroids")
-    backend = _backend.current()
+    backend = _backend.of_call("min_centroid_distance", centroids)
     if backend == "reference":
         return reference.min_centroid_distance(centroids, counts, squared=squared)
     if counts is None:

@@ -116,7 +116,7 @@ def cluster_margin_losses(
     reduction = check_choice(reduction, "reduction", REDUCTIONS)
     if sample_weight is not None:
         sample_weight = _check_sample_weight(sample_weight, features)
-    backend = _backend.current()
+    backend = _backend.of_call("cluster_margin_loss", features, traceable=True)
     if backend == "reference" or _backend.debugging():
         check_class_range(cluster_index, "cluster_index", len(cluster_class), None)
     margins = float(between_margin), float(within_margin), normalize_centroids
@@ -181,8 +181,7 @@ class ClusterMarginFunction(torch.autograd.Function):
                 losses = sample_losses(x, cluster_index, cluster_class, *margins)
                 return _reduced(losses, sample_weight, reduction)
 
-            with autocast_off(features.device.type):
-                grad = gradient_through_reference(again, features, grad_loss)
+            grad = gradient_through_reference(again, features, grad_loss)
         else:
             grad = _backward(grad_loss, features, cluster_index, state, *ctx.options)
         return grad, None, None, None, None

@@ -108,8 +108,6 @@ def _checked(
         raise ValueError(
             f"index: expected device {weight.device}, where weight is, got {index.device}"
         )
-    if _backend.current() == "reference" or _backend.debugging():
-        check_class_range(index, "index", len(weight), None)
     return weight, index, scale
 
 
@@ -129,11 +127,16 @@ def check_epsilon(epsilon: float | Tensor, weight: Tensor) -> float | Tensor:
 
 def _compactness(weight: Tensor, index: Tensor | None, k: int, scale: float) -> Tensor:
     weight = weight.detach()
-    backend = _backend.current()
+    backend = _backend.of_call("inter_class_compactness", weight, traceable=True)
     if backend == "reference":
-        return reference.inter_class_compactness(weight, index, k=k, scale=scale)
+        if index is not None:
+            check_class_range(index, "index", len(weight), None)
+        with autocast_off(weight.device.type):
+            return reference.inter_class_compactness(weight, index, k=k, scale=scale)
     if index is None:
         index = torch.arange(len(weight), device=weight.device)
+    elif _backend.debugging():
+        check_class_range(index, "index", len(weight), None)
     dtype = product_dtype(weight.dtype, weight.dtype, weight.device.type)
     return _operator(convertible(weight, dtype), index, k, scale, dtype, backend)
 

@@ -20,7 +20,7 @@ from facelt_ext.functional._products import (
     product_dtype,
 )
 from facelt_ext.functional._reductions import REDUCTIONS
-from facelt_ext.functional._second_order import gradients_through_reference
+from facelt_ext.functional._second_order import gradients_through_reference, wanted_gradients
 from facelt_ext.functional.super_classes import SuperClassIndex
 from facelt_ext.reference.margin_softmax import reduced
 
@@ -117,7 +117,8 @@ def dispersion_loss(
     ignore_index = check_integer(ignore_index, "ignore_index")
     reduction = check_choice(reduction, "reduction", REDUCTIONS)
     workspace = check_choice(workspace, "workspace", WORKSPACES)
-    backend = _backend.current()
+    inputs = (features, weight) if tail_weight is None else (features, weight, tail_weight)
+    backend = _backend.of_call("dispersion_softmax_loss", *inputs, traceable=True)
     if backend == "reference" or _backend.debugging():
         check_class_range(labels, "labels", num_classes, ignore_index)
     if backend == "reference":
@@ -126,7 +127,6 @@ def dispersion_loss(
                 features, *parts_of(weight, tail_weight, num_tail), super_class.index, labels,
                 reduction=reduction, ignore_index=ignore_index,
             )  # fmt: skip
-    inputs = (features, weight) if tail_weight is None else (features, weight, tail_weight)
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     coarse = len(head) + super_class.num_super_classes
     losses = DispersionSoftmaxFunction.apply(
@@ -173,7 +173,7 @@ class DispersionSoftmaxFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_losses):
         features, weight, tail_weight, labels, index, *state = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
+        wanted = wanted_gradients(ctx, 3)
         if not torch.is_grad_enabled():
             grads = backward(
                 grad_losses, features, weight, tail_weight, labels, index, *state, *wanted,
@@ -193,8 +193,7 @@ class DispersionSoftmaxFunction(torch.autograd.Function):
             )  # fmt: skip
 
         inputs = (features, weight, tail_weight)
-        with autocast_off(features.device.type):
-            grads = gradients_through_reference(again, inputs, wanted, grad_losses)
+        grads = gradients_through_reference(again, inputs, wanted, grad_losses)
         if wanted[0]:
             grads[0] = torch.where(invalid[:, None], torch.nan, grads[0])
         return *grads, *[None] * 8

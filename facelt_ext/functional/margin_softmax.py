@@ -26,7 +26,10 @@ from facelt_ext.functional._products import (
     product_dtype,
 )
 from facelt_ext.functional._reductions import REDUCTIONS
-from facelt_ext.functional._second_order import gradients_through_reference
+from facelt_ext.functional._second_order import (
+    gradients_through_reference,
+    wanted_gradients,
+)
 from facelt_ext.reference.margin_softmax import reduced
 from facelt_ext.types import compute_dtype
 
@@ -114,7 +117,7 @@ def margin_softmax_loss(
         angular_multiplier > 1 or _has_margin(cosine_margin, angular_margin)
     ):
         raise ValueError("normalize_weight: margins need it to be True, got False")
-    backend = _backend.current()
+    backend = _backend.of_call("margin_softmax_loss", features, weight, traceable=True)
     if backend == "reference" or _backend.debugging():
         check_class_range(labels, "labels", len(weight), ignore_index)
     if backend == "reference":
@@ -170,7 +173,7 @@ class MarginSoftmaxFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_losses):
         features, weight, labels, cosine_margin, angular_margin, *state = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
+        wanted = wanted_gradients(ctx, 2)
         if torch.is_grad_enabled():
             scale, multiplier, normalize_features, normalize_weight, _, _, ignored = ctx.options
             # The reference would follow a label out of range.
@@ -185,8 +188,7 @@ class MarginSoftmaxFunction(torch.autograd.Function):
                     reduction="none", ignore_index=ignored,
                 )  # fmt: skip
 
-            with autocast_off(features.device.type):
-                grads = gradients_through_reference(again, (features, weight), wanted, grad_losses)
+            grads = gradients_through_reference(again, (features, weight), wanted, grad_losses)
             if wanted[0]:
                 grads[0] = torch.where(invalid[:, None], torch.nan, grads[0])
         else:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
+from facelt_ext._autocast import autocast_off
 from facelt_ext._checks import check_choice, check_integers, check_matrix, check_number
 from facelt_ext._operators import operator
 from facelt_ext.functional._reductions import REDUCTIONS
@@ -58,11 +59,12 @@ def quintuplet_loss(
     dtype = compute_dtype(features.dtype)
     margins = check_margins(margins, dtype)
     reduction = check_choice(reduction, "reduction", REDUCTIONS)
-    backend = _backend.current()
+    backend = _backend.of_call("quintuplet_loss", features)
     if backend == "reference":
-        return reference.quintuplet_loss(
-            features, labels, cluster_index, margins=margins, reduction=reduction
-        )
+        with autocast_off(features.device.type):
+            return reference.quintuplet_loss(
+                features, labels, cluster_index, margins=margins, reduction=reduction
+            )
     return QuintupletFunction.apply(
         features.to(dtype), labels, cluster_index, *margins, reduction, backend
     )

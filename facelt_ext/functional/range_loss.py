@@ -60,7 +60,7 @@ def range_loss(
     alpha = check_number(alpha, "alpha", dtype)
     beta = check_number(beta, "beta", dtype)
     squared = check_flag(squared, "squared")
-    backend = _backend.current()
+    backend = _backend.of_call("range_loss", features)
     # No class has more pairs than the batch; larger numbers would only cost memory.
     k = max(1, min(k, features.shape[0] * (features.shape[0] - 1) // 2))
     if backend == "reference":

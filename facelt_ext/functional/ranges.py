@@ -49,7 +49,7 @@ def class_ranges(
     squared = check_flag(squared, "squared")
     if max_classes is not None:
         max_classes = check_count(max_classes, "max_classes", minimum=0)
-    backend = _backend.current()
+    backend = _backend.of_call("class_ranges", features)
     if backend == "reference":
         return reference.class_ranges(features, labels, k, squared=squared, max_classes=max_classes)
     groups = group_labels(labels, backend)

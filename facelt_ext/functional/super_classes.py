@@ -134,7 +134,7 @@ def super_class_mean(
             f"super_class: expected shape [{len(weight)}] on {weight.device}, one for each row of "
             f"weight, got {list(index.shape)} on {index.device}"
         )
-    backend = _backend.current()
+    backend = _backend.of_call("super_class_mean", weight, traceable=True)
     if backend == "reference":
         return reference.super_class_mean(weight, index, len(offsets) - 1)
     return SuperClassMeanFunction.apply(weight, index, order, offsets, backend)

@@ -18,7 +18,11 @@ def quintuplet_loss(
     features = features.to(compute_dtype(features.dtype))
     neighbors = quintuplets(features.detach(), labels, cluster_index)
     losses, with_hinges = features.new_zeros(len(features)), features.new_zeros(len(features))
-    distances = [(features - features[other]).square().sum(1) for other in neighbors.T]
+    # Unlike that of an index, the gradient of index_select is the same in each run.
+    distances = [
+        (features - features.index_select(0, other.clamp(min=0))).square().sum(1)
+        for other in neighbors.T
+    ]
     for h, margin in enumerate(margins):
         has_both = (neighbors[:, h] >= 0) & (neighbors[:, h + 1] >= 0)
         hinge = torch.relu(margin + distances[h] - distances[h + 1])
