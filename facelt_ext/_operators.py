@@ -11,6 +11,7 @@ from torch import Tensor
 from facelt_ext._checks import check_tensor
 
 _library = torch.library.Library("facelt_ext", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
 class Operator:
@@ -48,18 +49,75 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     Called directly on tensors that require a gradient, `torch.ops.facelt_ext.*` raises, instead of
     losing the gradient.
     """
-    name = schema.split("(", 1)[0]
 
     def register(implementation: Callable[..., Any]) -> Operator:
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for key in ("CPU", "CUDA"):
-            _library.impl(name, implementation, key)
-        torch.library.register_fake(f"facelt_ext::{name}", fake, lib=_library)
-        overload = getattr(torch.ops.facelt_ext, name).default
-        _library.impl(name, _refusing_gradients(name, overload), "Autograd")
-        return Operator(overload, implementation)
+        default = _define(schema, fake, implementation)
+        if "float " not in schema:
+            return Operator(default, implementation)
+        numbers = [
+            i for i, each in enumerate(default._schema.arguments) if str(each.type) == "float"
+        ]
+
+        def read_numbers(*args: Any) -> Any:
+            return implementation(*_replaced(args, numbers, torch.Tensor.item))
+
+        by_tensors = _define(_overload_of(schema, "tensors", "Tensor"), fake, read_numbers)
+        scalars = _overload_of(schema, "scalars", "Scalar")
+        _library.define(scalars, tags=_TAGS)
+        implement = _choosing(default, by_tensors, numbers)
+        _library.impl(scalars.split("(", 1)[0], implement, "CompositeImplicitAutograd")
+        return Operator(_found(scalars), implementation)
 
     return register
+
+
+def _overload_of(schema: str, overload: str, number: str) -> str:
+    name, rest = schema.split("(", 1)
+    return f"{name}.{overload}({rest.replace('float ', number + ' ')}"
+
+
+def _choosing(
+    default: Callable[..., Any], by_tensors: Callable[..., Any], numbers: list[int]
+) -> Callable[..., Any]:
+    """For torch.compile, which would compile anew for each value of a number that changes, unless a
+    tensor holds it. Numbers that do not change stay numbers, which CUDA graphs need."""
+
+    def choose(*args: Any) -> Any:
+        if not any(isinstance(args[i], torch.SymFloat) for i in numbers):
+            return default(*args)
+        return by_tensors(*_replaced(args, numbers, _in_tensor))
+
+    return choose
+
+
+def _in_tensor(number: float) -> Tensor:
+    # Of all ways to make a tensor of a symbolic number, a product does not fix its value.
+    return torch.full((), 1.0, dtype=torch.float64, device="cpu") * number
+
+
+def _replaced(args: tuple[Any, ...], places: list[int], change: Callable[[Any], Any]) -> list[Any]:
+    changed = list(args)
+    for i in places:
+        changed[i] = change(args[i])
+    return changed
+
+
+def _define(
+    schema: str, fake: Callable[..., Any], implementation: Callable[..., Any]
+) -> Callable[..., Any]:
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=_TAGS)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"facelt_ext::{name}", fake, lib=_library)
+    overload = _found(schema)
+    _library.impl(name, _refusing_gradients(name, overload), "Autograd")
+    return overload
+
+
+def _found(schema: str) -> Callable[..., Any]:
+    name, _, overload = schema.split("(", 1)[0].partition(".")
+    return getattr(getattr(torch.ops.facelt_ext, name), overload or "default")
 
 
 def _refusing_gradients(name: str, overload: Callable[..., Any]) -> Callable[..., Any]:

@@ -148,6 +148,9 @@ def _has_margin(*margins: float | Tensor) -> bool:
 def _margins_of(margin: float | Tensor, labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """Each sample's margin, [B]; what a label out of range gets is never used."""
     if not isinstance(margin, Tensor):
+        if torch.compiler.is_compiling():
+            # Filled with a number that changes, it would be compiled anew for each.
+            return torch.ones(labels.shape, dtype=dtype, device=labels.device) * margin
         return torch.full(labels.shape, margin, dtype=dtype, device=labels.device)
     own = margin[:, 0] if margin.ndim == 2 else margin[labels.clamp(0, classes - 1)]
     return own.to(dtype)
