@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from facelt_ext import _native
+from facelt_ext._checks import is_exporting
 
-# torch 2.6 does not tell.
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 BACKENDS = ("native", "reference", "emulated")
 
 

@@ -6,6 +6,8 @@ converted where that is its job.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float64, torch.floa
 LARGEST_INTEGER = 2**63 - 1
 # Numbers of a tensor that no machine has the memory for: 2 ** 47 bytes are its addresses.
 LARGEST_SIZE = 2**45
+
+# torch 2.6 does not tell.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 # Types of tensors that kernels can read. Others are looked into once.
 _readable = {Tensor, nn.Parameter, nn.Buffer}
@@ -178,15 +183,23 @@ def check_weight(weight: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     return weight, features
 
 
+def check_angle(value: float, name: str) -> float:
+    """A number of radians in [0, pi]."""
+    value = check_number(value, name, torch.float32)
+    if not 0 <= value <= math.pi:
+        raise ValueError(
+            f"{name}: expected radians in [0, pi], got {value}; math.radians turns degrees into "
+            "radians"
+        )
+    return value
+
+
 def check_margin(
-    value: float | Tensor, name: str, features: Tensor, weight: Tensor, minimum: float
+    value: float | Tensor, name: str, features: Tensor, weight: Tensor, angle: bool = False
 ) -> float | Tensor:
-    """A number of at least `minimum`, or one per class [N] or per sample [B, 1]."""
+    """A number, of radians if it is an angle, or one per class [N] or per sample [B, 1]."""
     if not isinstance(value, Tensor):
-        value = check_number(value, name, torch.float32)
-        if value < minimum:
-            raise ValueError(f"{name}: expected at least {minimum}, got {value}")
-        return value
+        return check_angle(value, name) if angle else check_number(value, name, torch.float32)
     value = check_tensor(value, name)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
@@ -208,7 +221,7 @@ def check_margin(
 def check_class_range(index: Tensor, name: str, classes: int, ignore_index: int | None) -> None:
     """Waits for the device. Nothing can be looked at under torch.export and torch.func.vmap."""
     if torch.compiler.is_compiling():
-        if getattr(torch.compiler, "is_exporting", lambda: False)():
+        if is_exporting():
             return
     elif torch._C._functorch.is_batchedtensor(index):
         return

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from facelt_ext._checks import check_tensor
+from facelt_ext._checks import check_tensor, is_exporting
 
 _library = torch.library.Library("facelt_ext", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -21,13 +21,20 @@ class Operator:
     nobody is tracing: the implementation is then called at once.
     """
 
-    def __init__(self, overload: Callable[..., Any], implementation: Callable[..., Any]) -> None:
-        self._overload = overload
+    def __init__(
+        self,
+        default: Callable[..., Any],
+        compiled: Callable[..., Any],
+        implementation: Callable[..., Any],
+    ) -> None:
+        self._default, self._compiled = default, compiled
         self._implementation = implementation
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return self._overload(*args)
+        if torch.compiler.is_compiling():
+            return self._default(*args) if is_exporting() else self._compiled(*args)
+        if torch._C._len_torch_dispatch_stack():
+            return self._default(*args)
         try:
             return self._implementation(*args)
         except (RuntimeError, TypeError):
@@ -37,23 +44,28 @@ class Operator:
     def _blame(self, args: tuple[Any, ...]) -> None:
         """Raises for a tensor that no kernel can read, such as a gradient that came from outside,
         or what a hook made of a saved tensor."""
-        for argument, value in zip(self._overload._schema.arguments, args, strict=True):
+        for argument, value in zip(self._default._schema.arguments, args, strict=True):
             if isinstance(value, Tensor):
                 check_tensor(value, argument.name)
 
 
-def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operator]:
+def operator(
+    schema: str,
+    fake: Callable[..., Any],
+    gradient: tuple[Callable[..., None], Callable[..., Any]] | None = None,
+) -> Callable[[Callable[..., Any]], Operator]:
     """Registers the decorated function for CPU and CUDA tensors; `fake` gives its outputs' shapes.
 
-    An operator has no formula for its derivative: those are with the autograd.Functions around it.
-    Called directly on tensors that require a gradient, `torch.ops.facelt_ext.*` raises, instead of
-    losing the gradient.
+    Derivatives are with the autograd.Functions around operators. Called directly on tensors that
+    require a gradient, `torch.ops.facelt_ext.*` raises, instead of losing the gradient; but for
+    those that torch.export leaves in a program, which have a `gradient`: setup_context(ctx, inputs,
+    output) and backward(ctx, *grads), as `torch.library.register_autograd` takes them.
     """
 
     def register(implementation: Callable[..., Any]) -> Operator:
-        default = _define(schema, fake, implementation)
+        default = _define(schema, fake, implementation, gradient)
         if "float " not in schema:
-            return Operator(default, implementation)
+            return Operator(default, default, implementation)
         numbers = [
             i for i, each in enumerate(default._schema.arguments) if str(each.type) == "float"
         ]
@@ -66,7 +78,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
         _library.define(scalars, tags=_TAGS)
         implement = _choosing(default, by_tensors, numbers)
         _library.impl(scalars.split("(", 1)[0], implement, "CompositeImplicitAutograd")
-        return Operator(_found(scalars), implementation)
+        return Operator(default, _found(scalars), implementation)
 
     return register
 
@@ -103,7 +115,10 @@ def _replaced(args: tuple[Any, ...], places: list[int], change: Callable[[Any], 
 
 
 def _define(
-    schema: str, fake: Callable[..., Any], implementation: Callable[..., Any]
+    schema: str,
+    fake: Callable[..., Any],
+    implementation: Callable[..., Any],
+    gradient: tuple[Callable[..., None], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=_TAGS)
@@ -111,6 +126,12 @@ def _define(
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"facelt_ext::{name}", fake, lib=_library)
     overload = _found(schema)
+    if gradient is not None:
+        setup_context, backward = gradient
+        torch.library.register_autograd(
+            f"facelt_ext::{name}", backward, setup_context=setup_context, lib=_library
+        )
+        return overload
     _library.impl(name, _refusing_gradients(name, overload), "Autograd")
     return overload
 

@@ -105,9 +105,10 @@ def cluster_margin_losses(
             f"cluster_class: expected device {features.device}, where features is, got "
             f"{cluster_class.device}"
         )
-    if len(cluster_class) == 0 and len(features) > 0:
+    batch = features.shape[0]
+    if cluster_class.shape[0] == 0 and batch > 0:
         raise ValueError(
-            f"cluster_class: expected at least one cluster for {len(features)} samples, got none"
+            f"cluster_class: expected at least one cluster for {batch} samples, got none"
         )
     dtype = compute_dtype(features.dtype)
     between_margin = check_number(between_margin, "between_margin", dtype)
@@ -118,7 +119,7 @@ def cluster_margin_losses(
         sample_weight = _check_sample_weight(sample_weight, features)
     backend = _backend.of_call("cluster_margin_loss", features, traceable=True)
     if backend == "reference" or _backend.debugging():
-        check_class_range(cluster_index, "cluster_index", len(cluster_class), None)
+        check_class_range(cluster_index, "cluster_index", cluster_class.shape[0], None)
     margins = float(between_margin), float(within_margin), normalize_centroids
     if backend == "reference":
         with autocast_off(features.device.type):
@@ -138,7 +139,7 @@ def _reduced(losses: Tensor, sample_weight: Tensor | None, reduction: str) -> Te
         losses = sample_weight.to(losses.dtype) * losses
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / max(len(losses), 1)
+    return losses.sum() if reduction == "sum" else losses.sum() / max(losses.shape[0], 1)
 
 
 def _check_sample_weight(sample_weight: Tensor, features: Tensor) -> Tensor:

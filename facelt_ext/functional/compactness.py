@@ -88,7 +88,7 @@ def domain_frequency_indicator(
     epsilon = check_epsilon(epsilon, weight)
     max_indicator = check_positive(max_indicator, "max_indicator", compute)
     if k == 0:
-        return weight.new_ones(len(weight) if index is None else len(index), dtype=compute)
+        return weight.new_ones(len(weight) if index is None else index.shape[0], dtype=compute)
     return indicator(_compactness(weight, index, k, scale), epsilon, max_indicator)
 
 
@@ -142,7 +142,7 @@ def _compactness(weight: Tensor, index: Tensor | None, k: int, scale: float) -> 
 
 
 def _fake(weight, index, k, scale, dtype, backend):
-    return weight.new_empty(len(index), dtype=compute_dtype(dtype))
+    return weight.new_empty(index.shape[0], dtype=compute_dtype(dtype))
 
 
 @operator(

@@ -21,7 +21,7 @@ from facelt_ext.functional._products import (
 )
 from facelt_ext.functional._reductions import REDUCTIONS
 from facelt_ext.functional._second_order import gradients_through_reference, wanted_gradients
-from facelt_ext.functional.super_classes import SuperClassIndex
+from facelt_ext.functional.super_classes import SuperClassIndex, members_of
 from facelt_ext.reference.margin_softmax import reduced
 
 
@@ -32,6 +32,7 @@ def dispersion_softmax_loss(
     super_class: Tensor | SuperClassIndex,
     labels: Tensor,
     *,
+    num_super_classes: int | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
     workspace: str = "auto",
@@ -54,6 +55,8 @@ def dispersion_softmax_loss(
         tail_weight: [N_t, D], in the same dtype; N_t may be 0.
         super_class: a `SuperClassIndex` of the N_t tails, or [N_t] integers in [0, S). The second
             is checked and sorted at every call, for which a GPU is waited for.
+        num_super_classes: S; None: what `super_class` says. torch.compile needs the number where
+            `super_class` is a tensor.
         labels: [B], integers in [0, N_h + N_t), heads first, or `ignore_index`.
         reduction: "mean" (over the samples that are not ignored; of none it is 0), "sum" or "none".
         ignore_index: samples with this label have loss 0 and gradient 0.
@@ -81,8 +84,9 @@ def dispersion_softmax_loss(
             f"{tail_weight.dtype}"
         )
     return dispersion_loss(
-        features, head_weight, tail_weight, super_class, labels, reduction, ignore_index, workspace
-    )
+        features, head_weight, tail_weight, super_class, labels, num_super_classes, reduction,
+        ignore_index, workspace,
+    )  # fmt: skip
 
 
 def dispersion_loss(
@@ -91,19 +95,19 @@ def dispersion_loss(
     tail_weight: Tensor | None,
     super_class: Tensor | SuperClassIndex,
     labels: Tensor,
+    num_super_classes: int | None,
     reduction: str,
     ignore_index: int,
     workspace: str,
 ) -> Tensor:
     """The same where the tails' rows may be the last of `weight`, so that it has one gradient."""
-    if not isinstance(super_class, SuperClassIndex):
-        super_class = SuperClassIndex(super_class)
-    num_tail = len(super_class.index)
+    index, order, offsets = members_of(super_class, num_super_classes, check=True)
+    num_tail, count = len(index), len(offsets) - 1
     head, tail = parts_of(weight, tail_weight, num_tail)
-    if num_tail != len(tail) or super_class.index.device != features.device:
+    if num_tail != len(tail) or index.device != features.device:
         raise ValueError(
             f"super_class: expected shape [{len(tail)}] on {features.device}, one for each row of "
-            f"tail_weight, got [{num_tail}] on {super_class.index.device}"
+            f"tail_weight, got [{num_tail}] on {index.device}"
         )
     labels = check_integers(labels, "labels", features, "features")
     num_classes = len(head) + num_tail
@@ -124,15 +128,14 @@ def dispersion_loss(
     if backend == "reference":
         with autocast_off(features.device.type):
             return reference.dispersion_softmax_loss(
-                features, *parts_of(weight, tail_weight, num_tail), super_class.index, labels,
-                reduction=reduction, ignore_index=ignore_index,
+                features, *parts_of(weight, tail_weight, num_tail), index, labels,
+                reduction=reduction, ignore_index=ignore_index, num_super_classes=count,
             )  # fmt: skip
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    coarse = len(head) + super_class.num_super_classes
+    keep = wants_gradient and keeps_products(workspace, features, len(head) + count, dtype)
     losses = DispersionSoftmaxFunction.apply(
-        features, weight, tail_weight, labels, super_class.index, super_class.order,
-        super_class.offsets, ignore_index,
-        wants_gradient and keeps_products(workspace, features, coarse, dtype), dtype, backend,
+        features, weight, tail_weight, labels, index, order, offsets, ignore_index, keep, dtype,
+        backend,
     )  # fmt: skip
     return reduced(losses, labels != ignore_index, reduction)
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -72,7 +70,7 @@ def margin_softmax_loss(
         scale: of the cosines, positive.
         cosine_margin: taken off the target's cosine; a number, one per class [N] or one per sample
             [B, 1]. No gradient goes to it.
-        angular_margin: added to the target's angle, in radians, at least 0; as above.
+        angular_margin: added to the target's angle, in radians, in [0, pi]; as above.
         angular_multiplier: of the target's angle, an integer in [1, 1000].
         normalize_features: False multiplies each sample's logits with the norm of its feature.
         normalize_weight: False takes the rows as they are, and allows no margin.
@@ -111,8 +109,8 @@ def margin_softmax_loss(
     workspace = check_choice(workspace, "workspace", WORKSPACES)
     normalize_features = check_flag(normalize_features, "normalize_features")
     normalize_weight = check_flag(normalize_weight, "normalize_weight")
-    cosine_margin = check_margin(cosine_margin, "cosine_margin", features, weight, -math.inf)
-    angular_margin = check_margin(angular_margin, "angular_margin", features, weight, 0)
+    cosine_margin = check_margin(cosine_margin, "cosine_margin", features, weight)
+    angular_margin = check_margin(angular_margin, "angular_margin", features, weight, angle=True)
     if not normalize_weight and (
         angular_multiplier > 1 or _has_margin(cosine_margin, angular_margin)
     ):

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
 from facelt_ext._autocast import autocast_off
-from facelt_ext._checks import check_choice, check_integers, check_matrix, check_number
+from facelt_ext._checks import (
+    check_choice,
+    check_integers,
+    check_matrix,
+    check_number,
+    is_exporting,
+)
 from facelt_ext._operators import operator
 from facelt_ext.functional._reductions import REDUCTIONS
 from facelt_ext.functional._second_order import gradient_through_reference
@@ -65,9 +71,8 @@ def quintuplet_loss(
             return reference.quintuplet_loss(
                 features, labels, cluster_index, margins=margins, reduction=reduction
             )
-    return QuintupletFunction.apply(
-        features.to(dtype), labels, cluster_index, *margins, reduction, backend
-    )
+    arguments = (features.to(dtype), labels, cluster_index, *margins, reduction, backend)
+    return _forward(*arguments)[0] if is_exporting() else QuintupletFunction.apply(*arguments)
 
 
 def check_margins(margins: Sequence[float], dtype: torch.dtype) -> tuple[float, float, float]:
@@ -123,10 +128,21 @@ def _forward_fake(features, labels, cluster_index, g1, g2, g3, reduction, backen
     )
 
 
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], *output[1:])
+    ctx.options = inputs[3:]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradient(ctx, grad_loss, *_):
+    return _backward(grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 7
+
+
 @operator(
     "quintuplet_forward(Tensor features, Tensor labels, Tensor cluster_index,"
     f" {OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _forward_fake,
+    gradient=(_setup_context, _gradient),
 )
 def _forward(features, labels, cluster_index, *rest):
     """loss [] or [B], neighbors of the anchors [B, 4], state."""

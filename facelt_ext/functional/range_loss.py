@@ -10,6 +10,7 @@ from facelt_ext._checks import (
     check_integers,
     check_matrix,
     check_number,
+    is_exporting,
 )
 from facelt_ext._operators import operator
 from facelt_ext.functional._second_order import gradient_through_reference
@@ -67,9 +68,8 @@ def range_loss(
         return reference.range_loss(
             features, labels, k=k, margin=margin, alpha=alpha, beta=beta, squared=squared
         )
-    return RangeLossFunction.apply(
-        features, labels, k, float(margin), float(alpha), float(beta), squared, backend
-    )
+    arguments = (features, labels, k, float(margin), float(alpha), float(beta), squared, backend)
+    return _forward(*arguments)[0] if is_exporting() else RangeLossFunction.apply(*arguments)
 
 
 class RangeLossFunction(torch.autograd.Function):
@@ -111,10 +111,23 @@ def _forward_fake(features, labels, k, margin, alpha, beta, squared, backend):
     )
 
 
+def _setup_context(ctx, inputs, output):
+    features, _, k, *_, backend = inputs
+    ctx.save_for_backward(features, *output[1:])
+    ctx.k, ctx.backend = k, backend
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradient(ctx, grad_loss, *_):
+    features, *state = ctx.saved_tensors
+    return _backward(grad_loss, features, ctx.k, *state, ctx.backend), *[None] * 7
+
+
 @operator(
     "range_loss_forward(Tensor features, Tensor labels, SymInt k, float margin, float alpha,"
     " float beta, bool squared, str backend) -> (Tensor, Tensor, Tensor)",
     _forward_fake,
+    gradient=(_setup_context, _gradient),
 )
 def _forward(features, labels, k, margin, alpha, beta, squared, backend):
     features, labels = features.contiguous(), labels.contiguous()

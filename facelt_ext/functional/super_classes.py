@@ -128,7 +128,7 @@ def super_class_mean(
             super class without a row.
     """
     weight = check_matrix(weight, "weight")
-    index, order, offsets = _members(super_class, num_super_classes)
+    index, order, offsets = members_of(super_class, num_super_classes)
     if len(index) != len(weight) or index.device != weight.device:
         raise ValueError(
             f"super_class: expected shape [{len(weight)}] on {weight.device}, one for each row of "
@@ -140,10 +140,10 @@ def super_class_mean(
     return SuperClassMeanFunction.apply(weight, index, order, offsets, backend)
 
 
-def _members(
-    super_class: Tensor | SuperClassIndex, num_super_classes: int | None
+def members_of(
+    super_class: Tensor | SuperClassIndex, num_super_classes: int | None, check: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """index, order and offsets."""
+    """index, order and offsets; with `check` an index on CUDA is waited for."""
     if isinstance(super_class, SuperClassIndex):
         if num_super_classes not in (None, super_class.num_super_classes):
             raise ValueError(
@@ -152,13 +152,18 @@ def _members(
             )
         return super_class.index, super_class.order, super_class.offsets
     index = checked_super_class(super_class)
-    check = not index.is_cuda or _backend.debugging()
+    check = check or not index.is_cuda or _backend.debugging()
     return index, *sorted_members(index, _checked_count(index, num_super_classes), check)
 
 
 def _checked_count(index: Tensor, num_super_classes: int | None) -> int:
     """None: what the index says, which waits for the device."""
     if num_super_classes is None:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "num_super_classes: expected a number under torch.compile, where no one reads what "
+                "super_class says, or a SuperClassIndex made before; got None"
+            )
         return max(int(index.max()), 0) + 1 if len(index) else 0
     return check_count(num_super_classes, "num_super_classes", minimum=min(len(index), 1))
 

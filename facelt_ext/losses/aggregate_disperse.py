@@ -210,6 +210,7 @@ class DispersionLoss(SuperClassLoss):
             None,
             self.super_class,
             rows,
+            None,
             self.reduction,
             IGNORED,
             self.workspace,

@@ -26,7 +26,7 @@ def cluster_margin_loss(
         losses = sample_weight.to(losses.dtype) * losses
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / max(len(losses), 1)
+    return losses.sum() if reduction == "sum" else losses.sum() / max(losses.shape[0], 1)
 
 
 def sample_losses(
@@ -42,7 +42,7 @@ def sample_losses(
     A sample whose cluster_index is out of range is in no cluster; it and its gradient are NaN.
     """
     features = features.to(compute_dtype(features.dtype))
-    num_clusters = len(cluster_class)
+    num_clusters = cluster_class.shape[0]
     valid = (cluster_index >= 0) & (cluster_index < num_clusters)
     cluster_index = torch.where(valid, cluster_index, 0)
     counts = features.new_zeros(num_clusters).index_add(0, cluster_index, valid.to(features.dtype))

@@ -32,7 +32,7 @@ def domain_frequency_indicator(
 ) -> Tensor:
     """See `facelt_ext.functional.domain_frequency_indicator`."""
     if k == 0:
-        count = len(weight) if index is None else len(index)
+        count = len(weight) if index is None else index.shape[0]
         return weight.new_ones(count, dtype=compute_dtype(weight.dtype))
     compactness = inter_class_compactness(weight, index, k=k, scale=scale)
     return indicator(compactness, epsilon, max_indicator)

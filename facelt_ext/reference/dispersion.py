@@ -17,6 +17,7 @@ def dispersion_softmax_loss(
     *,
     reduction: str = "mean",
     ignore_index: int = -100,
+    num_super_classes: int | None = None,
 ) -> Tensor:
     """See `facelt_ext.functional.dispersion_softmax_loss`; `super_class` is a tensor here."""
     dtype = compute_dtype(torch.promote_types(features.dtype, head_weight.dtype))
@@ -26,7 +27,7 @@ def dispersion_softmax_loss(
     head_weight, tail_weight = head_weight.to(dtype), tail_weight.to(dtype)
     by_head = features @ head_weight.t()
     by_tail = features @ tail_weight.t()
-    by_super_class = features @ super_class_mean(tail_weight, super_class).t()
+    by_super_class = features @ super_class_mean(tail_weight, super_class, num_super_classes).t()
 
     # -1 for a sample of a head class: none of the super classes is dispersed for it.
     own = torch.cat([torch.full_like(head_weight[:, 0], -1, dtype=torch.int64), super_class])
