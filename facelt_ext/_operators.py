@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from facelt_ext._checks import check_tensor, is_exporting
 
@@ -53,6 +54,7 @@ def operator(
     schema: str,
     fake: Callable[..., Any],
     gradient: tuple[Callable[..., None], Callable[..., Any]] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Registers the decorated function for CPU and CUDA tensors; `fake` gives its outputs' shapes.
 
@@ -60,46 +62,54 @@ def operator(
     require a gradient, `torch.ops.facelt_ext.*` raises, instead of losing the gradient; but for
     those that torch.export leaves in a program, which have a `gradient`: setup_context(ctx, inputs,
     output) and backward(ctx, *grads), as `torch.library.register_autograd` takes them.
+
+    `flops` gives the operations of its matrix products, from its arguments, for
+    `torch.utils.flop_counter.FlopCounterMode`.
     """
 
     def register(implementation: Callable[..., Any]) -> Operator:
-        default = _define(schema, fake, implementation, gradient)
-        if "float " not in schema:
-            return Operator(default, default, implementation)
-        numbers = [
-            i for i, each in enumerate(default._schema.arguments) if str(each.type) == "float"
-        ]
-
-        def read_numbers(*args: Any) -> Any:
-            return implementation(*_replaced(args, numbers, torch.Tensor.item))
-
-        by_tensors = _define(_overload_of(schema, "tensors", "Tensor"), fake, read_numbers)
-        scalars = _overload_of(schema, "scalars", "Scalar")
-        _library.define(scalars, tags=_TAGS)
-        implement = _choosing(default, by_tensors, numbers)
-        _library.impl(scalars.split("(", 1)[0], implement, "CompositeImplicitAutograd")
-        return Operator(default, _found(scalars), implementation)
+        default = compiled = _define(schema, fake, implementation, gradient)
+        if "float " in schema:
+            compiled = _define_for_numbers_that_change(schema, fake, implementation, default)
+        if flops is not None:
+            # A later overload makes another packet.
+            packet = getattr(torch.ops.facelt_ext, schema.split("(", 1)[0])
+            register_flop_formula(packet, get_raw=True)(lambda *args, out_val: flops(*args))
+        return Operator(default, compiled, implementation)
 
     return register
 
 
-def _overload_of(schema: str, overload: str, number: str) -> str:
-    name, rest = schema.split("(", 1)
-    return f"{name}.{overload}({rest.replace('float ', number + ' ')}"
-
-
-def _choosing(
-    default: Callable[..., Any], by_tensors: Callable[..., Any], numbers: list[int]
+def _define_for_numbers_that_change(
+    schema: str,
+    fake: Callable[..., Any],
+    implementation: Callable[..., Any],
+    default: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """For torch.compile, which would compile anew for each value of a number that changes, unless a
-    tensor holds it. Numbers that do not change stay numbers, which CUDA graphs need."""
+    """The overload that torch.compile is given, which would compile anew for each value of a number
+    unless a tensor holds it. Numbers that do not change stay numbers, which CUDA graphs need."""
+    arguments = enumerate(default._schema.arguments)
+    numbers = [i for i, each in arguments if str(each.type) == "float"]
+
+    def read_numbers(*args: Any) -> Any:
+        return implementation(*_replaced(args, numbers, torch.Tensor.item))
+
+    by_tensors = _define(_overload_of(schema, "tensors", "Tensor"), fake, read_numbers)
 
     def choose(*args: Any) -> Any:
         if not any(isinstance(args[i], torch.SymFloat) for i in numbers):
             return default(*args)
         return by_tensors(*_replaced(args, numbers, _in_tensor))
 
-    return choose
+    scalars = _overload_of(schema, "scalars", "Scalar")
+    _library.define(scalars, tags=_TAGS)
+    _library.impl(scalars.split("(", 1)[0], choose, "CompositeImplicitAutograd")
+    return _found(scalars)
+
+
+def _overload_of(schema: str, overload: str, number: str) -> str:
+    name, rest = schema.split("(", 1)
+    return f"{name}.{overload}({rest.replace('float ', number + ' ')}"
 
 
 def _in_tensor(number: float) -> Tensor:

@@ -16,7 +16,13 @@ from facelt_ext.functional._chunked_softmax import (
     times_gain,
 )
 from facelt_ext.functional._label_map import IGNORED
-from facelt_ext.functional._products import JoinedChunks, WeightChunks, chunk_size, operand_of
+from facelt_ext.functional._products import (
+    JoinedChunks,
+    WeightChunks,
+    chunk_size,
+    operand_of,
+    product_flops,
+)
 from facelt_ext.functional._weight_gradient import WeightGradient
 from facelt_ext.functional.super_classes import segment_mean
 from facelt_ext.types import compute_dtype
@@ -78,11 +84,23 @@ def _forward_fake(
     )
 
 
+def _flops(features, weight, tail_weight, super_class, offsets, heads, super_classes):
+    """Of as many products with the heads' rows and with the super classes' means."""
+    num_heads = len(parts_of(weight, tail_weight, len(super_class))[0])
+    rows = heads * num_heads + super_classes * (len(offsets) - 1)
+    return product_flops(len(features), rows, features.shape[1])
+
+
+def _forward_flops(features, weight, tail_weight, _, super_class, order, offsets, *rest):
+    return _flops(features, weight, tail_weight, super_class, offsets, 1, 1)
+
+
 @operator(
     "dispersion_softmax_forward(Tensor features, Tensor weight, Tensor? tail_weight, Tensor labels,"
     " Tensor super_class, Tensor order, Tensor offsets, SymInt ignore_index, bool keep,"
     " ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
+    flops=_forward_flops,
 )
 def forward(
     features, weight, tail_weight, labels, super_class, order, offsets, ignore_index, keep, dtype,
@@ -117,6 +135,13 @@ def _backward_fake(
     )
 
 
+def _backward_flops(_, features, weight, tail_weight, labels, super_class, order, offsets, *rest):
+    products, wants_features, wants_weight, wants_tail = rest[4], *rest[-5:-2]
+    both = (products.numel() == 0) + wants_features
+    tails = both + (wants_weight if tail_weight is None else wants_tail)
+    return _flops(features, weight, tail_weight, super_class, offsets, both + wants_weight, tails)
+
+
 @operator(
     "dispersion_softmax_backward(Tensor grad_losses, Tensor features, Tensor weight,"
     " Tensor? tail_weight, Tensor labels, Tensor super_class, Tensor order, Tensor offsets,"
@@ -124,6 +149,7 @@ def _backward_fake(
     " bool wants_features, bool wants_weight, bool wants_tail, ScalarType dtype, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _backward_fake,
+    flops=_backward_flops,
 )
 def backward(
     grad_losses, features, weight, tail_weight, labels, super_class, order, offsets, lse, classes,

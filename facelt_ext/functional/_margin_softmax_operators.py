@@ -12,7 +12,12 @@ from torch import Tensor
 
 from facelt_ext._operators import operator
 from facelt_ext.functional._chunked_softmax import ChunkedSoftmax, Options, taking_part, times_gain
-from facelt_ext.functional._products import WeightChunks, chunk_size, operand_of
+from facelt_ext.functional._products import (
+    WeightChunks,
+    chunk_size,
+    operand_of,
+    product_flops,
+)
 from facelt_ext.functional._weight_gradient import WeightGradient
 from facelt_ext.types import compute_dtype
 
@@ -62,11 +67,16 @@ def _forward_fake(
     )
 
 
+def _forward_flops(features, weight, *_):
+    return product_flops(len(features), *weight.shape)
+
+
 @operator(
     "margin_softmax_forward(Tensor features, Tensor weight, Tensor labels, Tensor cosine_margin,"
     f" Tensor angular_margin, {SCHEMA}, bool keep, ScalarType dtype, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
+    flops=_forward_flops,
 )
 def forward(features, weight, labels, cosine_margin, angular_margin, *rest):
     """lse [B], targets [3, B], 1 / norms of the weight [N], kept products [B * N] or none."""
@@ -92,11 +102,18 @@ def _backward_fake(
     )
 
 
+def _backward_flops(_, features, weight, *rest):
+    products, wants_features, wants_weight = rest[4], *rest[-4:-2]
+    made = (products.numel() == 0) + wants_features + wants_weight
+    return made * product_flops(len(features), *weight.shape)
+
+
 @operator(
     "margin_softmax_backward(Tensor grad_losses, Tensor features, Tensor weight, Tensor labels,"
     f" Tensor lse, Tensor targets, Tensor inverse_norms, Tensor products, {SCHEMA},"
     " bool wants_features, bool wants_weight, ScalarType dtype, str backend) -> (Tensor, Tensor)",
     _backward_fake,
+    flops=_backward_flops,
 )
 def backward(grad_losses, features, weight, labels, lse, targets, inverse_norms, products, *rest):
     """The gradients of lse - target, times grad_losses [B]; empty where none is wanted."""

@@ -36,6 +36,11 @@ def product_dtype(
     raise TypeError(f"{name}: expected dtype {wanted}, as the features, got {weight}")
 
 
+def product_flops(batch: int, rows: int, dimensions: int) -> int:
+    """Of a product of [B, D] with [D, N]."""
+    return 2 * batch * rows * dimensions
+
+
 def convertible(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in a type that the kernels turn into `dtype`, which is all but the other half type."""
     return x if x.dtype in (dtype, torch.float32) else x.to(torch.float32)

@@ -21,6 +21,7 @@ from facelt_ext.functional._products import (
     convertible,
     normalized_rows,
     product_dtype,
+    product_flops,
 )
 from facelt_ext.reference.compactness import indicator
 from facelt_ext.types import compute_dtype
@@ -145,10 +146,15 @@ def _fake(weight, index, k, scale, dtype, backend):
     return weight.new_empty(index.shape[0], dtype=compute_dtype(dtype))
 
 
+def _flops(weight, index, *_):
+    return product_flops(len(index), *weight.shape)
+
+
 @operator(
     "inter_class_compactness(Tensor weight, Tensor index, SymInt k, float scale, ScalarType dtype,"
     " str backend) -> Tensor",
     _fake,
+    flops=_flops,
 )
 def _operator(weight, index, k, scale, dtype, backend):
     weight, index = weight.contiguous(), index.contiguous()
