@@ -41,4 +41,6 @@ def domain_frequency_indicator(
 def indicator(compactness: Tensor, epsilon: float | Tensor, max_indicator: float) -> Tensor:
     """epsilon / IC (eq. 2), but max_indicator where that is larger, or IC not positive."""
     small = compactness <= epsilon / max_indicator
-    return torch.where(small, max_indicator, epsilon / torch.where(small, 1, compactness))
+    # A number in `where` would be compiled anew for each of its values.
+    largest = torch.ones_like(compactness) * max_indicator
+    return torch.where(small, largest, epsilon / torch.where(small, 1, compactness))
