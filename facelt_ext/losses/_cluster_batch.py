@@ -15,7 +15,7 @@ def checked_cluster_batch(
     features = check_matrix(features, "features")
     labels = check_integers(labels, "labels", features, "features")
     size = check_count(size, "samples_per_cluster")
-    batch = len(labels)
+    batch = labels.shape[0]
     if batch % size:
         raise ValueError(
             f"features: expected rows of whole clusters of {size} samples, got {batch} rows"

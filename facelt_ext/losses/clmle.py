@@ -110,7 +110,7 @@ class CLMLELoss(nn.Module):
         """Of each sample. No sizes are read: on CUDA that would wait for the device."""
         same = (cluster_class[:, None] == cluster_class).sum(1).to(dtype)
         classes = same.reciprocal().sum()
-        return (len(same) / (classes * same)).repeat_interleave(self.samples_per_cluster)
+        return (same.shape[0] / (classes * same)).repeat_interleave(self.samples_per_cluster)
 
     def extra_repr(self) -> str:
         return (

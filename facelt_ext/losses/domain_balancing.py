@@ -212,7 +212,7 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         # A surrounding FSDP may have cast the buffer.
         self.compactness[looked_at] = compactness.to(self.compactness.dtype)
         cursor.add_(PROBES)
-        return compactness[: len(classes)]
+        return compactness[: classes.shape[0]]
 
     def _start_anew_if_changed(self) -> None:
         seen_with = (self.k, self._scale_of_compactness())
