@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
 from facelt_ext._checks import check_count, check_integers, check_matrix
+from facelt_ext._kept_tensors import KeepsTensors, check_saved_integers
 from facelt_ext._operators import operator
 
 
-class SuperClassIndex(nn.Module):
+class SuperClassIndex(KeepsTensors):
     """Which super class each class belongs to, checked and sorted once.
 
-    A module, so that it is moved and saved with the loss that holds it.
+    A module, so that it is moved and saved with the loss that holds it. Its tensors are no buffers:
+    they stay int64 and what they are, whatever averages, casts or empties the module.
 
     Args:
         super_class: [N] integers in [0, S): the super class of each class.
@@ -24,22 +26,25 @@ class SuperClassIndex(nn.Module):
 
     Raises:
         TypeError, ValueError: an index of the wrong type, dtype, shape or range, or a super class
-            without a class.
+            without a class; the same for an index that is loaded, whose dtype has to be int64.
     """
+
+    _moved = ("index", "order", "offsets")
+    # The others follow from it, and are not to be believed where they would contradict it.
+    _saved = {"index": True}
 
     def __init__(self, super_class: Tensor, num_super_classes: int | None = None) -> None:
         super().__init__()
-        index = checked_super_class(super_class)
-        count = _checked_count(index, num_super_classes)
-        order, offsets = sorted_members(index, count, True)
-        self.register_buffer("index", index)
-        # They follow from the index, and are not to be believed where they would contradict it.
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("offsets", offsets, persistent=False)
+        self.index = checked_super_class(super_class)
+        count = _checked_count(self.index, num_super_classes)
+        self.order, self.offsets = sorted_members(self.index, count, True)
 
     @property
     def num_super_classes(self) -> int:
         return len(self.offsets) - 1
+
+    def reset_parameters(self) -> None:
+        """Nothing is drawn. FSDP and Lightning call it where a module was on the meta device."""
 
     def counts(self) -> Tensor:
         """How many classes each super class has, int64 [S]."""
@@ -48,15 +53,21 @@ class SuperClassIndex(nn.Module):
     def extra_repr(self) -> str:
         return f"{len(self.index)} classes in {self.num_super_classes} super classes"
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        loaded = state_dict.get(prefix + "index", self.index)
-        if loaded.shape == self.index.shape:
-            # Before anything is taken over: kernels follow the index wherever it points.
-            loaded = checked_super_class(loaded)
-            order, offsets = sorted_members(loaded, self.num_super_classes, True)
-            self.order.copy_(order)
-            self.offsets.copy_(offsets)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _on(self, device: torch.device) -> SuperClassIndex:
+        """Itself, moved."""
+        for name in self._moved:
+            self._kept_on(name, device)
+        return self
+
+    def _checked_value(self, name: str, value: Tensor) -> Tensor:
+        value = check_saved_integers(value, "super_class", len(self.index))
+        # Kernels follow the index wherever it points.
+        sorted_members(value, self.num_super_classes, True)
+        return value
+
+    def _take(self, values: dict[str, Tensor], assign: bool) -> None:
+        super()._take(values, assign)
+        self.order, self.offsets = sorted_members(self.index, self.num_super_classes, False)
 
 
 def checked_super_class(super_class: Tensor) -> Tensor:
@@ -65,6 +76,8 @@ def checked_super_class(super_class: Tensor) -> Tensor:
         raise ValueError(
             f"super_class: expected shape [classes], one for each, got {list(super_class.shape)}"
         )
+    if super_class.is_meta:
+        raise ValueError("super_class: expected values, got a tensor on meta")
     return super_class.to(torch.int64, copy=True)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from facelt_ext._checks import check_integers, check_matrix
+from facelt_ext._checks import check_count, check_integers, check_matrix
 from facelt_ext.types import compute_dtype
 
 
@@ -14,7 +14,8 @@ def checked_cluster_batch(
     divided by their norms in the compute dtype, the labels, and the cluster of each sample."""
     features = check_matrix(features, "features")
     labels = check_integers(labels, "labels", features, "features")
-    batch = len(labels)
+    size = check_count(size, "samples_per_cluster")
+    batch = labels.shape[0]
     if batch % size:
         raise ValueError(
             f"features: expected rows of whole clusters of {size} samples, got {batch} rows"

@@ -1,18 +1,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from facelt_ext import functional
-from facelt_ext._checks import check_count, check_integers, check_weight
+from facelt_ext._checks import check_choice, check_integer, check_integers, check_weight
+from facelt_ext._kept_tensors import KeepsTensors
 from facelt_ext.aggregation import SuperClasses
-from facelt_ext.functional._label_map import IGNORED, mapped_labels
+from facelt_ext.functional._label_map import IGNORED, check_label_map, mapped_labels
+from facelt_ext.functional._products import WORKSPACES
+from facelt_ext.functional._reductions import REDUCTIONS
 from facelt_ext.functional.dispersion import dispersion_loss
+from facelt_ext.losses._arguments import (
+    check_indices_tuple,
+    checked_sizes,
+    new_weight,
+    shown_sizes,
+    whole_weight,
+)
 
 
-class SuperClassLoss(nn.Module):
+class SuperClassLoss(KeepsTensors):
     """A classifier without bias with its loss; what both steps of Aggregate-and-Disperse share.
 
     Args:
@@ -24,19 +35,23 @@ class SuperClassLoss(nn.Module):
         device, dtype: of the weight.
 
     Attributes:
-        label_map: int64 [N], the row of `weight` that belongs to each class.
+        label_map: int64 [N], the row of `weight` that belongs to each class; no buffer, but saved
+            in `state_dict()`. A map that is loaded has to be int64 and to have a class for each
+            row, so that one that was cast or averaged is refused. In several processes, and on the
+            meta device, each module has that of its own `super_classes` until it is loaded.
 
     It is called with the data set's own labels, as a loss over all classes is: losses over all
     classes can be added to it.
     """
+
+    _moved = ("label_map",)
+    _saved = {"label_map": True}
 
     def __init__(
         self,
         num_classes: int,
         embedding_size: int,
         super_classes: SuperClasses,
-        rows: int,
-        label_map: Tensor,
         *,
         reduction: str = "mean",
         ignore_index: int = -100,
@@ -45,32 +60,73 @@ class SuperClassLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count(num_classes, "num_classes")
-        check_count(embedding_size, "embedding_size")
+        num_classes, embedding_size = checked_sizes(num_classes, embedding_size)
+        check_super_classes(super_classes)
         if super_classes.num_classes != num_classes:
             raise ValueError(
                 f"num_classes: expected {super_classes.num_classes}, as super_classes has, got "
                 f"{num_classes}"
             )
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.workspace = workspace
-        self.weight = nn.Parameter(torch.empty(rows, embedding_size, device=device, dtype=dtype))
-        self.register_buffer("label_map", label_map.to(self.weight.device))
+        self.reduction = check_choice(reduction, "reduction", REDUCTIONS)
+        self.ignore_index = check_integer(ignore_index, "ignore_index")
+        self.workspace = check_choice(workspace, "workspace", WORKSPACES)
+        # Whatever the surrounding default device is: indices need values.
+        with torch.device("cpu"):
+            self._num_rows, self.label_map = self._rows_of(super_classes)
+        self.weight = new_weight(num_classes, embedding_size, self._num_rows, device, dtype)
+        self._keep_where(self.weight)
+        self.reset_parameters()
+
+    def _rows_of(self, super_classes: SuperClasses) -> tuple[int, Tensor]:
+        """How many rows the weight has, and that of each class."""
+        raise NotImplementedError
+
+    def _checked_value(self, name: str, value: Tensor) -> Tensor:
+        return check_label_map(value, len(self.label_map), self._num_rows)
 
     def _rows(self, features: Tensor, labels: Tensor) -> Tensor:
         """The row of each sample's class, [B]."""
-        features = check_weight(self.weight, features)[1]
+        weight, features = check_weight(self.weight, features)
+        if len(weight) != self._num_rows:
+            raise ValueError(
+                f"weight: expected {self._num_rows} rows, those of the super classes that the loss "
+                f"was made with, got {len(weight)}; {type(self).__name__}(num_classes, "
+                "embedding_size, super_classes) makes one for others"
+            )
         labels = check_integers(labels, "labels", features, "features")
-        return mapped_labels(labels, self.label_map, self.ignore_index)
+        ignore_index = check_integer(self.ignore_index, "ignore_index")
+        return mapped_labels(labels, self._kept_on("label_map", labels.device), ignore_index)
+
+    def _products(self, features: Tensor) -> Tensor:
+        """Of each feature with each row."""
+        weight, features = check_weight(whole_weight(self, "logits"), features)
+        return features @ weight.t().to(features.dtype)
 
     def extra_repr(self) -> str:
-        return f"num_classes={len(self.label_map)}, embedding_size={self.weight.shape[1]}"
+        sizes = shown_sizes(self.weight).split(", ")
+        return ", ".join([f"num_classes={len(self.label_map)}", *sizes[1:]])
+
+
+def check_super_classes(super_classes: SuperClasses) -> None:
+    if not isinstance(super_classes, SuperClasses):
+        raise TypeError(
+            "super_classes: expected facelt_ext.aggregation.SuperClasses, got "
+            f"{type(super_classes).__name__}"
+        )
 
 
 def draw_rows(weight: Tensor) -> Tensor:
     """As torch.nn.Linear does."""
     return nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
+def copy_rows(weight: Tensor, rows: Tensor) -> None:
+    """Into a weight that may have been sharded by fully_shard."""
+    if callable(getattr(weight, "full_tensor", None)):
+        from torch.distributed.tensor import distribute_tensor
+
+        rows = distribute_tensor(rows, weight.device_mesh, weight.placements)
+    weight.copy_(rows)
 
 
 class AggregatedSoftmaxLoss(SuperClassLoss):
@@ -87,24 +143,16 @@ class AggregatedSoftmaxLoss(SuperClassLoss):
         weight: the parameter [N_h + S, D], drawn as torch.nn.Linear draws it.
     """
 
-    def __init__(
-        self, num_classes: int, embedding_size: int, super_classes: SuperClasses, **options: object
-    ) -> None:
-        super().__init__(
-            num_classes,
-            embedding_size,
-            super_classes,
-            super_classes.num_coarse,
-            super_classes.coarse_labels(torch.arange(super_classes.num_classes)),
-            **options,
-        )
-        self.reset_parameters()
+    def _rows_of(self, super_classes: SuperClasses) -> tuple[int, Tensor]:
+        every = torch.arange(super_classes.num_classes)
+        return super_classes.num_coarse, super_classes.coarse_labels(every)
 
     def reset_parameters(self) -> None:
         draw_rows(self.weight)
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
         """features [B, D] and the data set's labels [B] -> the loss."""
+        check_indices_tuple(indices_tuple)
         return functional.margin_softmax_loss(
             features,
             self.weight,
@@ -119,7 +167,7 @@ class AggregatedSoftmaxLoss(SuperClassLoss):
 
     def logits(self, features: Tensor) -> Tensor:
         """Of each feature [B, D] with the heads and the super classes, [B, N_h + S]."""
-        return features @ self.weight.t().to(features.dtype)
+        return self._products(features)
 
 
 class DispersionLoss(SuperClassLoss):
@@ -138,22 +186,17 @@ class DispersionLoss(SuperClassLoss):
         super_class: the `facelt_ext.functional.SuperClassIndex` of the tails.
     """
 
-    def __init__(
-        self, num_classes: int, embedding_size: int, super_classes: SuperClasses, **options: object
-    ) -> None:
-        super().__init__(
-            num_classes,
-            embedding_size,
-            super_classes,
-            super_classes.num_classes,
-            super_classes.dispersed_labels(torch.arange(super_classes.num_classes)),
-            **options,
-        )
-        index = functional.SuperClassIndex(
+    def _rows_of(self, super_classes: SuperClasses) -> tuple[int, Tensor]:
+        self.super_class = functional.SuperClassIndex(
             super_classes.super_class, super_classes.num_super_classes
         )
-        self.super_class = index.to(self.weight.device)
-        self.reset_parameters()
+        every = torch.arange(super_classes.num_classes)
+        return super_classes.num_classes, super_classes.dispersed_labels(every)
+
+    def _checked_state(self, state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        # Before the rows are loaded, which belong to it.
+        self.super_class._checked_state(state_dict, prefix + "super_class.")
+        return super()._checked_state(state_dict, prefix)
 
     @classmethod
     def from_aggregated(
@@ -167,8 +210,13 @@ class DispersionLoss(SuperClassLoss):
         Raises:
             ValueError: step I had other super classes.
         """
-        weight = step_one_loss.weight
-        every = torch.arange(super_classes.num_classes)
+        if not isinstance(step_one_loss, AggregatedSoftmaxLoss):
+            raise TypeError(
+                f"step_one_loss: expected AggregatedSoftmaxLoss, got {type(step_one_loss).__name__}"
+            )
+        check_super_classes(super_classes)
+        weight = whole_weight(step_one_loss, "from_aggregated")
+        every = torch.arange(super_classes.num_classes, device="cpu")
         expected = super_classes.coarse_labels(every)
         if not torch.equal(step_one_loss.label_map.cpu(), expected):
             raise ValueError(
@@ -189,26 +237,30 @@ class DispersionLoss(SuperClassLoss):
         return loss
 
     def reset_parameters(self) -> None:
+        weight = self.weight
         coarse = self._heads() + self.super_class.num_super_classes
-        self._spread(draw_rows(self.weight.new_empty(coarse, self.weight.shape[1])))
+        kind = {"device": weight.device, "dtype": weight.dtype}
+        self._spread(draw_rows(torch.empty(coarse, weight.shape[1], **kind)))
 
     @torch.no_grad()
     def _spread(self, coarse: Tensor) -> None:
         heads = self._heads()
-        self.weight[:heads] = coarse[:heads]
-        self.weight[heads:] = coarse[heads:][self.super_class.index]
+        members = self.super_class._kept_on("index", coarse.device)
+        first = torch.arange(heads, device=coarse.device)
+        copy_rows(self.weight, coarse[torch.cat([first, heads + members])])
 
     def _heads(self) -> int:
         return len(self.weight) - len(self.super_class.index)
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
         """features [B, D] and the data set's labels [B] -> the loss."""
+        check_indices_tuple(indices_tuple)
         rows = self._rows(features, labels)
         return dispersion_loss(
             features,
             self.weight,
             None,
-            self.super_class,
+            self.super_class._on(rows.device),
             rows,
             None,
             self.reduction,
@@ -218,4 +270,4 @@ class DispersionLoss(SuperClassLoss):
 
     def logits(self, features: Tensor) -> Tensor:
         """Of each feature [B, D] with every class, all dispersed, [B, N] in the labels' order."""
-        return (features @ self.weight.t().to(features.dtype))[:, self.label_map]
+        return self._products(features)[:, self._kept_on("label_map", features.device)]

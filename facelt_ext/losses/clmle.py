@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from facelt_ext._checks import check_count, check_number
+from facelt_ext._checks import check_count, check_flag, check_number
 from facelt_ext.functional.cluster_margin import cluster_margin_losses
+from facelt_ext.losses._arguments import check_indices_tuple, is_step
 from facelt_ext.losses._cluster_batch import checked_cluster_batch
 
 
@@ -16,7 +17,7 @@ def between_margin_max(num_classes: int) -> float:
     Args:
         num_classes: C, at least 1. With two classes the bound is 2, its largest.
     """
-    check_count(num_classes, "num_classes")
+    num_classes = check_count(num_classes, "num_classes")
     return 1 - math.cos(min(2 * math.pi / num_classes, math.pi))
 
 
@@ -27,8 +28,8 @@ def within_margin_max(class_samples: int, samples: int) -> float:
         class_samples: L_c, the samples of the class.
         samples: L, those of the data set, at least L_c.
     """
-    check_count(class_samples, "class_samples")
-    check_count(samples, "samples")
+    class_samples = check_count(class_samples, "class_samples")
+    samples = check_count(samples, "samples")
     if class_samples > samples:
         raise ValueError(
             f"class_samples: expected at most samples = {samples}, got {class_samples}"
@@ -53,7 +54,9 @@ class CLMLELoss(nn.Module):
 
     Attributes:
         sample_losses: [B], the unweighted losses of the last batch, without a gradient; None before
-            the first. All arguments may be changed between steps.
+            the first, and in what DataParallel wraps, whose copies are thrown away; those of
+            activation checkpointing are of the first run. All arguments may be changed between
+            steps.
     """
 
     def __init__(
@@ -66,17 +69,14 @@ class CLMLELoss(nn.Module):
         normalize_centroids: bool = False,
     ) -> None:
         super().__init__()
-        check_number(between_margin, "between_margin", torch.float32)
-        check_number(within_margin, "within_margin", torch.float32)
-        check_count(samples_per_cluster, "samples_per_cluster")
-        self.between_margin = between_margin
-        self.within_margin = within_margin
-        self.samples_per_cluster = samples_per_cluster
-        self.cost_sensitive = cost_sensitive
-        self.normalize_centroids = normalize_centroids
+        self.between_margin = check_number(between_margin, "between_margin", torch.float32)
+        self.within_margin = check_number(within_margin, "within_margin", torch.float32)
+        self.samples_per_cluster = check_count(samples_per_cluster, "samples_per_cluster")
+        self.cost_sensitive = check_flag(cost_sensitive, "cost_sensitive")
+        self.normalize_centroids = check_flag(normalize_centroids, "normalize_centroids")
         self.sample_losses: Tensor | None = None
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
         """features [B, D] and integer labels [B] -> the loss, [].
 
         A zero feature stays zero. The label of a cluster is that of its first sample.
@@ -85,29 +85,32 @@ class CLMLELoss(nn.Module):
             TypeError, ValueError: an argument of the wrong type, dtype, shape or device; B is no
                 multiple of `samples_per_cluster`.
         """
+        check_indices_tuple(indices_tuple)
         units, labels, cluster_index = checked_cluster_batch(
             features, labels, self.samples_per_cluster
         )
         cluster_class = labels[:: self.samples_per_cluster]
-        loss, self.sample_losses = cluster_margin_losses(
+        loss, losses = cluster_margin_losses(
             units,
             cluster_index,
             cluster_class,
             between_margin=self.between_margin,
             within_margin=self.within_margin,
             sample_weight=self._weights(cluster_class, units.dtype)
-            if self.cost_sensitive
+            if check_flag(self.cost_sensitive, "cost_sensitive")
             else None,
             normalize_centroids=self.normalize_centroids,
             reduction="mean",
         )
+        if is_step():
+            self.sample_losses = losses
         return loss
 
     def _weights(self, cluster_class: Tensor, dtype: torch.dtype) -> Tensor:
         """Of each sample. No sizes are read: on CUDA that would wait for the device."""
         same = (cluster_class[:, None] == cluster_class).sum(1).to(dtype)
         classes = same.reciprocal().sum()
-        return (len(same) / (classes * same)).repeat_interleave(self.samples_per_cluster)
+        return (same.shape[0] / (classes * same)).repeat_interleave(self.samples_per_cluster)
 
     def extra_repr(self) -> str:
         return (

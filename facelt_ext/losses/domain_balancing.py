@@ -1,11 +1,25 @@
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from facelt_ext import functional
-from facelt_ext._checks import check_count, check_integers, check_positive, check_weight
+from facelt_ext._checks import (
+    FLOATING,
+    check_count,
+    check_integers,
+    check_margin,
+    check_number,
+    check_positive,
+    check_size,
+    check_tensor,
+    check_weight,
+)
+from facelt_ext._kept_tensors import check_saved_integers
 from facelt_ext.functional.compactness import check_epsilon
+from facelt_ext.losses._arguments import checked_kind, is_step, whole_weight
 from facelt_ext.losses.margin_softmax import MarginSoftmaxLoss
 from facelt_ext.reference.compactness import indicator
 from facelt_ext.reference.margin_softmax import reduced
@@ -13,6 +27,8 @@ from facelt_ext.types import DomainFrequency, compute_dtype
 
 # Classes that a step looks at besides its batch's, in rotation, for the mean of epsilon="auto".
 PROBES = 32
+# Steps of which a backward may run the forward again, under activation checkpointing.
+REMEMBERED = 64
 
 
 class DomainBalancingLoss(MarginSoftmaxLoss):
@@ -35,11 +51,13 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         num_classes: N.
         embedding_size: D.
         scale: of the cosines in the loss.
-        margin: the margin at DFI = 1.
+        margin: the margin at DFI = 1; a number, or one per class, [N].
         k: how many nearest classes IC looks at; 0 makes the loss plain CosFace.
-        epsilon: of eq. 2; or "auto", the mean IC over the classes. IC of the batch's classes is
-            renewed at every training step, and of 32 more in rotation, so that of every class at
-            least every N / 32 steps; classes not yet seen do not count. Nothing waits for the GPU.
+        epsilon: of eq. 2, positive; or "auto", the mean IC over the classes. IC of the batch's
+            classes is renewed at every training step, and of 32 more in rotation, so that of every
+            class at least every N / 32 steps; classes not yet seen do not count. Nothing waits for
+            the GPU. In evaluation, IC of the classes that lack it is computed first: once, at up to
+            N / B times the cost of a step's product.
         rbm_weight: lambda of eq. 6.
         indicator_scale: of the cosines in IC; None: `scale`.
         max_indicator: no class's indicator is larger.
@@ -47,40 +65,69 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
 
     Attributes:
         weight: [N, D].
-        compactness: [N], the IC last seen with epsilon="auto", NaN before that; saved with the
-            weight.
+        compactness: [N], the IC last seen with epsilon="auto", NaN before that; a buffer, saved
+            with the weight. It follows the weight when that gets another number of rows: new rows
+            at its end are not yet seen; of a shorter weight no class is.
+        cursor: int64 [], where the rotation is; saved with the weight.
 
     All hyper-parameters may be changed between steps; after a change of k or of a scale the mean of
     epsilon="auto" starts anew. Under DistributedDataParallel the first process's `compactness` is
-    that of all.
+    that of all; under DataParallel it sees the first device's part of each batch. Activation
+    checkpointing runs forward twice and moves it once. A program of torch.export keeps the mean
+    that it was exported with.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
     """
+
+    _moved = ("margin", "cursor")
+    _saved = {"margin": False, "cursor": False}
 
     def __init__(
         self,
         num_classes: int,
         embedding_size: int,
         scale: float = 64.0,
-        margin: float = 0.35,
+        margin: float | Tensor = 0.35,
         k: int = 100,
         epsilon: float | str = 5.5,
         rbm_weight: float = 0.01,
         *,
         indicator_scale: float | None = None,
         max_indicator: float = 2.0,
+        device: torch.device | str | None = None,
         **options: object,
     ) -> None:
-        super().__init__(num_classes, embedding_size, margin, scale, **options)
-        self.k = k
-        self.epsilon = epsilon
-        self.rbm_weight = rbm_weight
+        super().__init__(num_classes, embedding_size, margin, scale, device=device, **options)
+        self.k = check_count(k, "k", minimum=0)
+        self.epsilon = epsilon if is_auto(epsilon) else check_epsilon(epsilon, self.weight)
+        self.rbm_weight = check_number(rbm_weight, "rbm_weight", torch.float32)
+        if indicator_scale is not None:
+            indicator_scale = check_positive(indicator_scale, "indicator_scale", torch.float32)
         self.indicator_scale = indicator_scale
-        self.max_indicator = max_indicator
+        self.max_indicator = check_positive(max_indicator, "max_indicator", torch.float32)
         compute = compute_dtype(self.weight.dtype)
-        self.register_buffer(
-            "compactness", self.weight.new_full((num_classes,), torch.nan, dtype=compute)
-        )
-        self.register_buffer("cursor", self.weight.new_zeros((), dtype=torch.int64))
-        self._seen_with: tuple[int, float] | None = None  # k and scale of `compactness`
+        nothing = torch.full((len(self.weight),), torch.nan, dtype=compute)
+        self.register_buffer("compactness", nothing.to(self.weight.device))
+        self.cursor = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._keep_where(self.weight)
+        self._forget()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "cursor"):
+            self._forget()
+
+    def _forget(self) -> None:
+        """As before the first step."""
+        self.compactness.fill_(torch.nan)
+        self.cursor.zero_()
+        # k and scale of `compactness`; None: what they are at the next step.
+        self._seen_with: tuple[int, float] | None = None
+        # The mean of the last steps, by where their labels lie.
+        self._means: dict[tuple[int, int, int], Tensor] = {}
+        # The state of `compactness` in which evaluation found all classes.
+        self._complete: tuple[int, int] | None = None
 
     def forward(self, features: Tensor, labels: Tensor, gate: Tensor | None = None) -> Tensor:
         """features [B, D], integer labels [B] and the gate [B] (or None) -> the loss.
@@ -88,30 +135,37 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         """
-        features = check_weight(self.weight, features)[1]
-        labels = check_integers(labels, "labels", features, "features")
-        if gate is not None and gate.shape != labels.shape:
-            raise ValueError(
-                f"gate: expected shape {list(labels.shape)}, one for each label, got "
-                f"{list(gate.shape)}"
-            )
+        weight, features = check_weight(self.weight, features)
+        indices = check_integers(labels, "labels", features, "features")
+        if gate is not None:
+            gate = check_gate(gate, indices)
+        rbm_weight = check_number(self.rbm_weight, "rbm_weight", torch.float32)
+        margin = check_margin(self._margin(), "margin", features, weight, -math.inf)
+        if isinstance(margin, Tensor):
+            own = indices.clamp(0, len(weight) - 1)
+            margin = margin[own] if margin.ndim == 1 else margin[:, 0]
         indicators = self.indicators(labels)
-        loss = self._loss(features, labels, cosine_margin=(self.margin * indicators)[:, None])
+        loss = self._loss(features, indices, None, cosine_margin=(margin * indicators)[:, None])
         if gate is None:
             return loss
-        taking_part = labels != self.ignore_index
+        taking_part = indices != self.ignore_index
         squares = torch.where(taking_part, (gate.to(indicators.dtype) - indicators).square(), 0)
-        return loss + self.rbm_weight * reduced(squares, taking_part, self.reduction)
+        return loss + rbm_weight * reduced(squares, taking_part, self.reduction)
 
     @torch.no_grad()
     def indicators(self, labels: Tensor) -> Tensor:
         """DFI of each sample's class, [B]; in training also renews the mean of epsilon="auto"."""
-        if self.k == 0:
-            return torch.ones_like(labels, dtype=self.compactness.dtype)
-        classes = labels.to(torch.int64).clamp(0, len(self.weight) - 1)
-        renewing = self.training and self.epsilon == "auto"
-        compactness = self._renewed(classes) if renewing else self._compactness(classes)
-        return indicator(compactness, self._epsilon(compactness), self._max_indicator())
+        weight = whole_weight(self, "indicators")
+        classes = check_integers(labels, "labels").clamp(0, len(weight) - 1)
+        if check_count(self.k, "k", minimum=0) == 0:
+            return torch.ones_like(classes, dtype=compute_dtype(weight.dtype))
+        self._follow_weight()
+        compactness = self._renewed(classes) if self._renews() else self._compactness(classes)
+        if is_auto(self.epsilon):
+            epsilon = self._mean(compactness, labels)
+        else:
+            epsilon = check_epsilon(self.epsilon, weight)
+        return indicator(compactness, epsilon, self._max_indicator())
 
     @torch.no_grad()
     def dfi(self) -> DomainFrequency:
@@ -119,12 +173,16 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
 
         It costs N / B products of a step. With epsilon="auto" the mean is over these IC.
         """
-        if self.k == 0:
-            ones = torch.ones_like(self.compactness)
-            return DomainFrequency(ones, torch.full_like(ones, torch.nan), self.cursor * 0)
-        compactness, largest = self._compactness(None), self._max_indicator()
-        auto = self.epsilon == "auto"
-        epsilon = positive(compactness.mean()) if auto else self._epsilon(compactness)
+        weight, largest = whole_weight(self, "dfi"), self._max_indicator()
+        if check_count(self.k, "k", minimum=0) == 0:
+            ones = weight.new_ones(len(weight), dtype=compute_dtype(weight.dtype))
+            none = torch.zeros((), dtype=torch.int64, device=weight.device)
+            return DomainFrequency(ones, torch.full_like(ones, torch.nan), none)
+        compactness = self._compactness(None)
+        if is_auto(self.epsilon):
+            epsilon = positive(compactness.mean())
+        else:
+            epsilon = check_epsilon(self.epsilon, weight)
         indicators = indicator(compactness, epsilon, largest)
         return DomainFrequency(indicators, compactness, (compactness <= epsilon / largest).sum())
 
@@ -134,51 +192,147 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         )
 
     def _scale_of_compactness(self) -> float:
-        return self.scale if self.indicator_scale is None else self.indicator_scale
+        if self.indicator_scale is None:
+            return self.scale
+        return check_positive(self.indicator_scale, "indicator_scale", torch.float32)
+
+    def _max_indicator(self) -> float:
+        return check_positive(self.max_indicator, "max_indicator", torch.float32)
+
+    def _renews(self) -> bool:
+        return self.training and is_auto(self.epsilon) and is_step()
 
     def _renewed(self, classes: Tensor) -> Tensor:
         """IC of the classes; it and that of the next probes are kept."""
+        self._start_anew_if_changed()
+        cursor = self._kept_on("cursor", classes.device)
+        probes = (cursor + torch.arange(PROBES, device=classes.device)) % len(self.weight)
+        looked_at = torch.cat([classes, probes])
+        compactness = self._compactness(looked_at)
+        # A surrounding FSDP may have cast the buffer.
+        self.compactness[looked_at] = compactness.to(self.compactness.dtype)
+        cursor.add_(PROBES)
+        return compactness[: classes.shape[0]]
+
+    def _start_anew_if_changed(self) -> None:
         seen_with = (self.k, self._scale_of_compactness())
         if self._seen_with not in (None, seen_with):
             self.compactness.fill_(torch.nan)
         self._seen_with = seen_with
-        probes = (self.cursor + torch.arange(PROBES, device=classes.device)) % len(self.weight)
-        looked_at = torch.cat([classes, probes])
-        compactness = self._compactness(looked_at)
-        self.compactness[looked_at] = compactness
-        self.cursor += PROBES
-        return compactness[: len(classes)]
 
-    def _epsilon(self, compactness: Tensor) -> float | Tensor:
+    def _mean(self, compactness: Tensor, labels: Tensor) -> Tensor:
         """The mean of what is known, or, while that is nothing, of the batch's own."""
-        if self.epsilon != "auto":
-            return check_epsilon(self.epsilon, self.weight)
-        mean = self.compactness.nanmean()
-        return positive(torch.where(mean.isnan(), compactness.mean(), mean))
+        if not self.training:
+            self._complete_compactness()
+        mean = self.compactness.to(compactness.dtype).nanmean()
+        mean = positive(torch.where(mean.isnan(), compactness.mean(), mean))
+        if not self.training or torch.compiler.is_compiling():
+            return mean
+        return self._remembered(mean, labels)
 
-    def _max_indicator(self) -> float:
-        check_positive(self.max_indicator, "max_indicator", self.compactness.dtype)
-        return self.max_indicator
+    def _remembered(self, mean: Tensor, labels: Tensor) -> Tensor:
+        """That of the step itself where a backward runs it again, after other steps perhaps."""
+        where = labels.untyped_storage()._cdata, labels.storage_offset(), labels.numel()
+        if not is_step():
+            return self._means.get(where, mean)
+        self._means.pop(where, None)
+        self._means[where] = mean
+        if len(self._means) > REMEMBERED:
+            del self._means[next(iter(self._means))]
+        return mean
+
+    def _complete_compactness(self) -> None:
+        """Computes IC where it was never seen, or an average has lost it; looking waits."""
+        kept = self.compactness
+        if torch.compiler.is_compiling() or state_of(kept) == self._complete:
+            return
+        missing = kept.isnan().nonzero()[:, 0]
+        if len(missing):
+            kept[missing] = self._compactness(missing).to(kept.dtype)
+        self._complete = state_of(kept)
+
+    def _follow_weight(self) -> None:
+        classes, known = len(self.weight), len(self.compactness)
+        # FullyShardedDataParallel flattens the weight.
+        if classes == known or self.weight.ndim != 2:
+            return
+        with torch.inference_mode(False):
+            compactness = self.compactness.new_full((classes,), torch.nan)
+        if known < classes:
+            compactness[:known] = self.compactness
+        self.compactness = compactness
+
+    def _replicate_for_data_parallel(self):
+        # What replicas note of themselves is lost.
+        if self._renews():
+            self._start_anew_if_changed()
+        return super()._replicate_for_data_parallel()
 
     def _apply(self, fn, recurse=True):
         """IC stays in the compute dtype where the weight becomes half."""
+        before = self.compactness
         super()._apply(fn, recurse)
-        self.compactness = self.compactness.to(compute_dtype(self.weight.dtype))
+        after, compute = self.compactness, compute_dtype(self.weight.dtype)
+        if before.is_meta and not after.is_meta:
+            self._forget()
+            before = after
+        self.compactness = (after if after.is_meta else before).to(after.device, compute)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._follow_weight()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         """A head of another loss brings a weight only; what else is kept starts anew then."""
-        if prefix + "weight" in state_dict and prefix + "compactness" not in state_dict:
-            nothing = torch.full_like(self.compactness, torch.nan)
-            state_dict[prefix + "compactness"] = nothing
-            state_dict[prefix + "cursor"] = torch.zeros_like(self.cursor)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._follow_weight()
+        weight, name = state_dict.get(prefix + "weight"), prefix + "compactness"
+        if weight is not None and name not in state_dict:
+            device = getattr(weight, "device", None)
+            state_dict[name] = torch.full_like(self.compactness, torch.nan, device=device)
+            state_dict[prefix + "cursor"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        if name in state_dict:
+            self._seen_with = None
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("assign_to_params_buffers", False):
+            # Of its own dtype, and not the checkpoint's memory, which steps would change.
+            compute = compute_dtype(self.weight.dtype)
+            self.compactness = self.compactness.to(compute, copy=True)
+
+    def _checked_value(self, name: str, value: Tensor) -> Tensor:
+        if name == "cursor":
+            return check_saved_integers(value, "cursor")
+        return super()._checked_value(name, value)
 
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, k={self.k}, epsilon={self.epsilon}, "
             f"rbm_weight={self.rbm_weight}"
         )
+
+
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """Another one after each change."""
+    return id(tensor), -1 if tensor.is_inference() else tensor._version
+
+
+def is_auto(epsilon: float | str) -> bool:
+    return isinstance(epsilon, str) and epsilon == "auto"
+
+
+def check_gate(gate: Tensor, labels: Tensor) -> Tensor:
+    gate = check_tensor(gate, "gate")
+    if gate.dtype not in FLOATING:
+        raise TypeError(f"gate: expected a floating dtype, got {gate.dtype}")
+    if gate.shape != labels.shape:
+        raise ValueError(
+            f"gate: expected shape {list(labels.shape)}, one for each label, got {list(gate.shape)}"
+        )
+    if gate.device != labels.device:
+        raise ValueError(
+            f"gate: expected device {labels.device}, where labels is, got {gate.device}"
+        )
+    return gate
 
 
 def positive(mean: Tensor) -> Tensor:
@@ -205,8 +359,9 @@ class ResidualBalancingModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count(embedding_size, "embedding_size")
-        kind = {"device": device, "dtype": dtype}
+        embedding_size = check_count(embedding_size, "embedding_size")
+        check_size("embedding_size", embedding_size, embedding_size)
+        kind = checked_kind(device, dtype)
         self.residual = nn.Sequential(
             nn.Linear(embedding_size, embedding_size, **kind),
             nn.BatchNorm1d(embedding_size, **kind),

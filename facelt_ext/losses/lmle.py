@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from facelt_ext._checks import check_count
 from facelt_ext.functional import quintuplet_loss
 from facelt_ext.functional.quintuplets import check_margins
+from facelt_ext.losses._arguments import check_indices_tuple
 from facelt_ext.losses._cluster_batch import checked_cluster_batch
 
 
@@ -28,11 +29,10 @@ class LMLELoss(nn.Module):
 
     def __init__(self, margins: Sequence[float], *, samples_per_cluster: int = 20) -> None:
         super().__init__()
-        check_count(samples_per_cluster, "samples_per_cluster")
         self.margins = check_margins(margins, torch.float32)
-        self.samples_per_cluster = samples_per_cluster
+        self.samples_per_cluster = check_count(samples_per_cluster, "samples_per_cluster")
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
         """features [B, D] and integer labels [B] -> the loss, [].
 
         A zero feature stays zero.
@@ -41,6 +41,7 @@ class LMLELoss(nn.Module):
             TypeError, ValueError: an argument of the wrong type, dtype, shape or device; B is no
                 multiple of `samples_per_cluster`.
         """
+        check_indices_tuple(indices_tuple)
         units, labels, cluster_index = checked_cluster_batch(
             features, labels, self.samples_per_cluster
         )

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from facelt_ext import functional
+from facelt_ext._checks import check_count, check_flag, check_number
+from facelt_ext.losses._arguments import check_indices_tuple
 
 
 class RangeLoss(nn.Module):
@@ -23,14 +26,15 @@ class RangeLoss(nn.Module):
         squared: bool = True,
     ) -> None:
         super().__init__()
-        self.k = k
-        self.margin = margin
-        self.alpha = alpha
-        self.beta = beta
-        self.squared = squared
+        self.k = check_count(k, "k")
+        self.margin = check_number(margin, "margin", torch.float64)
+        self.alpha = check_number(alpha, "alpha", torch.float64)
+        self.beta = check_number(beta, "beta", torch.float64)
+        self.squared = check_flag(squared, "squared")
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
         """features [B, D] and integer labels [B] -> the loss, []."""
+        check_indices_tuple(indices_tuple)
         return functional.range_loss(
             features,
             labels,
