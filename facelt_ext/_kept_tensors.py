@@ -83,8 +83,9 @@ class KeepsTensors(nn.Module):
                 setattr(self, name, value.detach().to(device, copy=True))
 
     def named_buffers(self, prefix="", recurse=True, remove_duplicate=True):
-        """With recurse=False also copies of what is saved here: the names that loaders ask for, such
-        as torch.distributed.checkpoint's. Nothing that averages, casts or empties asks so."""
+        """With recurse=False also copies of what is saved here: the names that loaders, such as that
+        of torch.distributed.checkpoint, ask for. Nothing that averages, casts or empties asks so.
+        """
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
         if not recurse:
             for name, value in self._kept_tensors().items():

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend
-from facelt_ext._checks import check_class_range
+from facelt_ext._checks import check_class_range, is_exporting
 from facelt_ext._kept_tensors import check_saved_integers
 from facelt_ext._operators import operator
 
@@ -14,6 +14,8 @@ IGNORED = -1
 
 def mapped_labels(labels: Tensor, label_map: Tensor, ignore_index: int) -> Tensor:
     """label_map[labels] of int64 labels; those out of range become len(label_map), on CUDA."""
+    if is_exporting():
+        return _looked_up(labels, label_map, ignore_index)
     check = not labels.is_cuda or _backend.debugging()
     return _mapped_labels(labels, label_map, ignore_index, check)
 
@@ -40,9 +42,13 @@ def _mapped_fake(labels, label_map, ignore_index, check):
     _mapped_fake,
 )
 def _mapped_labels(labels, label_map, ignore_index, check):
-    classes = len(label_map)
     if check:
-        check_class_range(labels, "labels", classes, ignore_index)
+        check_class_range(labels, "labels", len(label_map), ignore_index)
+    return _looked_up(labels, label_map, ignore_index)
+
+
+def _looked_up(labels: Tensor, label_map: Tensor, ignore_index: int) -> Tensor:
+    classes = len(label_map)
     valid = (labels >= 0) & (labels < classes)
     mapped = torch.where(valid, label_map[labels.clamp(0, classes - 1)], classes)
     return torch.where(labels == ignore_index, IGNORED, mapped)

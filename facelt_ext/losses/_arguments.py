@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from facelt_ext._checks import FLOATING, check_count, check_size
-
-# Since torch 2.7.
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+from facelt_ext._checks import FLOATING, check_count, check_size, is_exporting
 
 
 def new_weight(

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -140,7 +138,7 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         if gate is not None:
             gate = check_gate(gate, indices)
         rbm_weight = check_number(self.rbm_weight, "rbm_weight", torch.float32)
-        margin = check_margin(self._margin(), "margin", features, weight, -math.inf)
+        margin = check_margin(self._margin(), "margin", features, weight)
         if isinstance(margin, Tensor):
             own = indices.clamp(0, len(weight) - 1)
             margin = margin[own] if margin.ndim == 1 else margin[:, 0]
