@@ -83,8 +83,8 @@ class KeepsTensors(nn.Module):
                 setattr(self, name, value.detach().to(device, copy=True))
 
     def named_buffers(self, prefix="", recurse=True, remove_duplicate=True):
-        """With recurse=False also copies of what is saved here: the names that loaders, such as that
-        of torch.distributed.checkpoint, ask for. Nothing that averages, casts or empties asks so.
+        """With recurse=False also copies of what is saved here: torch.distributed.checkpoint and
+        other loaders ask for names in this way, and nothing that averages, casts or empties.
         """
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
         if not recurse:
