@@ -32,7 +32,7 @@ def make_pk(**options: object) -> PKSampler:
 
 
 def make_clustered(**options: object) -> ClusterBatchSampler:
-    sizes = {"clusters_per_batch": 3, "samples_per_cluster": 2}
+    sizes = {"clusters_per_batch": 8, "samples_per_cluster": 2}
     options = sizes | {"num_batches": NUM_BATCHES, "seed": 1} | options
     return ClusterBatchSampler(clusters(), **options)
 

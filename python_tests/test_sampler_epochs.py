@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,7 @@ def test_trainers_reach_set_epoch_where_they_look_for_it(make):
 
 
 def epochs_of(sampler: PKSampler | ClusterBatchSampler) -> Iterator[list[int]]:
-    while True:
+    for _ in range(4):
         yield from sampler
 
 
@@ -191,7 +192,7 @@ def test_how_it_goes_with_frameworks_is_documented(make):
 def test_an_error_while_drawing_leaves_the_epoch_to_be_drawn():
     index = ClusterIndex(LABELS, cluster_size=2)
     sampler = ClusterBatchSampler(
-        index, clusters_per_batch=3, samples_per_cluster=2, num_batches=NUM_BATCHES, seed=1
+        index, clusters_per_batch=8, samples_per_cluster=2, num_batches=NUM_BATCHES, seed=1
     )
     with pytest.raises(RuntimeError, match="refreshed"):
         next(iter(sampler))
@@ -207,12 +208,13 @@ def world_of(monkeypatch: pytest.MonkeyPatch, size: int, rank: int) -> None:
 
 def test_ranks_are_those_of_the_time_of_iteration(make, monkeypatch):
     sampler, shared = make(), make(num_batches=None)
-    assert (sampler.num_replicas, sampler.rank, len(shared)) == (1, 0, 8)
+    assert (sampler.num_replicas, sampler.rank) == (1, 0)
+    alone = len(shared)
     assert list(sampler) == epoch_of(make, 0)
     world_of(monkeypatch, 2, 1)
-    assert (sampler.num_replicas, sampler.rank, len(shared)) == (2, 1, 4)
+    assert (sampler.num_replicas, sampler.rank) == (2, 1)
     assert list(sampler) == epoch_of(make, 1, 2, 1)
-    assert len(list(shared)) == 4
+    assert len(list(shared)) == len(shared) == math.ceil(alone / 2)
 
 
 def test_given_ranks_win(make, monkeypatch):

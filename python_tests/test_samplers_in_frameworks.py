@@ -105,7 +105,7 @@ def test_what_cannot_work_on_two_processes_says_what_does(ranks, refusal, words,
 
 
 def batches_of(loader: DataLoader) -> Iterator[list[int]]:
-    while True:
+    for _ in range(EPOCHS):
         for batch in loader:
             yield batch["index"].tolist()
 
@@ -136,7 +136,7 @@ def test_a_loader_with_workers_goes_on_from_a_count(sampler, workers):
 
     state = {"epoch": 0, "drawn": 0}
     found: Batches = []
-    while len(found) < 2 * NUM_BATCHES:  # stopped after every third batch
+    for _ in range(4):  # stopped after every third batch
         epoch, drawn = state["epoch"], state["drawn"]
         for batch in islice(loader(state), 3):
             found.append(batch["index"].tolist())
