@@ -5,13 +5,14 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
-from facelt_ext._sampling import checked_integer, distributed_defaults
+from facelt_ext._autocast import without_autocast
+from facelt_ext._checks import check_count, check_flag
+from facelt_ext._sampling import EpochBatchSampler, check_batch_size
 from facelt_ext.clusters import ClusterIndex
 
 
-class ClusterBatchSampler(Sampler[list[int]]):
+class ClusterBatchSampler(EpochBatchSampler):
     """Draws batches of a hard cluster with its nearest clusters (CLMLE, Huang et al., TPAMI 2020).
 
     A batch begins with a query cluster: that of the highest loss in a class drawn uniformly from
@@ -21,18 +22,20 @@ class ClusterBatchSampler(Sampler[list[int]]):
     clusters in a batch the second is of another class.)
 
     Losses and centroids are those that `clusters` has when a batch is drawn. A `DataLoader` with
-    workers draws some batches ahead; without workers each batch knows all losses before it.
+    workers draws some batches ahead, and a loader of Accelerate one; a `DataLoader` without workers
+    draws each batch when all losses before it are known.
 
-    Each batch depends on `clusters`, `seed`, the epoch, its number in the epoch, and the rank. Call
-    :meth:`set_epoch` before each epoch, as with ``torch.utils.data.DistributedSampler``. Ranks draw
-    apart from each other: two may take the same clusters. No global random state is read or
-    written.
+    Each batch depends on `clusters`, `seed`, the epoch, its number in the epoch, and the rank.
+    Ranks draw independently: two may take the same clusters. Epochs, ranks, resuming and frameworks
+    are those of :class:`facelt_ext.samplers.PKSampler`: each iteration draws the next epoch,
+    Lightning needs ``use_distributed_sampler=False``, Accelerate (``accelerate``) and Hugging Face
+    Trainer take the loader as any other. No global random state is read or written.
 
     Args:
         clusters: the clusters, refreshed at least once before batches are drawn.
         clusters_per_batch: M, at least 2; the paper takes 12.
         samples_per_cluster: the samples of each cluster, distinct ones where it has as many;
-            otherwise how often two of its samples come differs by at most one.
+            otherwise how often two of its samples occur differs by at most one.
         uniform_query: any cluster of the class may be the query, whatever its loss: the paper's
             ablation.
         num_batches: batches that an epoch yields on each replica. Default: as many as it takes for
@@ -44,7 +47,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or range; fewer clusters than a batch
-            takes.
+            takes; iterated as the ``sampler`` of a ``DataLoader`` with a ``batch_size``.
         RuntimeError: batches are drawn from clusters that were never refreshed.
     """
 
@@ -61,70 +64,36 @@ class ClusterBatchSampler(Sampler[list[int]]):
         seed: int = 0,
     ) -> None:
         if not isinstance(clusters, ClusterIndex):
-            raise TypeError(f"clusters must be a ClusterIndex, got {type(clusters).__name__}")
-        default_replicas, default_rank = distributed_defaults()
+            raise TypeError(f"clusters: expected a ClusterIndex, got {type(clusters).__name__}")
         self.clusters = clusters
-        self.clusters_per_batch = checked_integer(
-            "clusters_per_batch", clusters_per_batch, minimum=2
-        )
-        if clusters_per_batch > clusters.num_clusters:
+        self.clusters_per_batch = check_count(clusters_per_batch, "clusters_per_batch", minimum=2)
+        if self.clusters_per_batch > clusters.num_clusters:
             raise ValueError(
-                f"clusters_per_batch must be at most the {clusters.num_clusters} clusters there "
-                f"are, got {clusters_per_batch}"
+                f"clusters_per_batch: expected at most {clusters.num_clusters}, the clusters there "
+                f"are, got {self.clusters_per_batch}"
             )
-        self.samples_per_cluster = checked_integer(
-            "samples_per_cluster", samples_per_cluster, minimum=1
+        self.samples_per_cluster = check_count(samples_per_cluster, "samples_per_cluster")
+        check_batch_size("samples_per_cluster", self.clusters_per_batch, self.samples_per_cluster)
+        self.uniform_query = check_flag(uniform_query, "uniform_query")
+        super().__init__(
+            int((clusters.assignments >= 0).sum()),
+            self.clusters_per_batch * self.samples_per_cluster,
+            num_batches=num_batches,
+            num_replicas=num_replicas,
+            rank=rank,
+            seed=seed,
         )
-        self.uniform_query = uniform_query
-        self.num_replicas = checked_integer(
-            "num_replicas", default_replicas if num_replicas is None else num_replicas, minimum=1
-        )
-        self.rank = checked_integer("rank", default_rank if rank is None else rank, minimum=0)
-        if self.rank >= self.num_replicas:
-            raise ValueError(
-                f"rank must be in [0, num_replicas) = [0, {self.num_replicas}), got {self.rank}"
-            )
-        self.seed = checked_integer("seed", seed, minimum=0)
-        if num_batches is None:
-            step = self.num_replicas * self.clusters_per_batch * self.samples_per_cluster
-            num_batches = -(-len(clusters.labels) // step)
-        self.num_batches = checked_integer("num_batches", num_batches, minimum=1)
-        self.epoch = 0
-        self._drawn = self._start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose batches the next iteration draws.
+    def _steps(
+        self, epoch: int, numbers: range, replicas: int, ranks: range
+    ) -> Iterator[list[list[int]]]:
+        for number in numbers:
+            yield [
+                self._batch(np.random.default_rng([self.seed, epoch, number, rank]))
+                for rank in ranks
+            ]
 
-        An epoch that `load_state_dict` has brought back goes on where it was, another begins.
-        """
-        epoch = checked_integer("epoch", epoch, minimum=0)
-        if epoch != self.epoch:
-            self.epoch, self._drawn, self._start = epoch, 0, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches have been drawn."""
-        return {"epoch": self.epoch, "drawn": self._drawn}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next iteration goes on after the batches that had been drawn.
-
-        That a training goes on as if it had not stopped, `clusters` must be as they were too.
-        """
-        epoch = checked_integer("epoch", state["epoch"], minimum=0)
-        drawn = checked_integer("drawn", state["drawn"], minimum=0)
-        self.epoch, self._drawn, self._start = epoch, drawn, drawn
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch; the same on every rank."""
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start, self._start = self._start, 0
-        for number in range(start, self.num_batches):
-            self._drawn = number + 1
-            yield self._batch(np.random.default_rng([self.seed, self.epoch, number, self.rank]))
-        self._drawn = 0
-
+    @without_autocast
     def _batch(self, rng: np.random.Generator) -> list[int]:
         if self.clusters.centroids is None:
             raise RuntimeError(

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
+from facelt_ext._checks import check_count, check_integer, check_integers
 from facelt_ext._cluster_batches import ClusterBatchSampler
-from facelt_ext._sampling import checked_integer, distributed_defaults
+from facelt_ext._sampling import EpochBatchSampler, check_batch_size
 
 __all__ = ["ClusterBatchSampler", "PKSampler"]
 
 
-class PKSampler(Sampler[list[int]]):
+class PKSampler(EpochBatchSampler):
     """Draws batches of ``classes_per_batch`` classes with ``samples_per_class`` samples each.
 
     Range Loss (Zhang et al. 2017, arXiv:1611.08976, section 4.1) asks for such batches: 16 x 16 =
@@ -30,34 +30,51 @@ class PKSampler(Sampler[list[int]]):
     - a poorer class repeats its samples. How often two of them occur in a batch differs by at
       most one, and the samples that occur once more take turns.
 
-    With several replicas, one step draws ``num_replicas * classes_per_batch`` distinct classes
-    from a sequence that the seed alone determines, and every rank takes its own part. Each rank
-    must be given the same labels and the same seed.
-
-    The order depends on ``seed`` and on the epoch. Call :meth:`set_epoch` before each epoch, as
-    with ``torch.utils.data.DistributedSampler``; without it every epoch draws the same batches.
+    Epochs: the order depends on ``seed`` and on the epoch. Each iteration draws the epoch after
+    the one begun last, also if that was left early; :meth:`set_epoch` chooses another.
     No global random state is read or written.
+
+    Ranks: one step draws ``num_replicas * classes_per_batch`` distinct classes from a sequence
+    that the seed alone determines, and every rank takes its own part. Rank and world size are
+    looked up in ``torch.distributed`` when an iteration starts. Every rank needs the same
+    arguments, and has to begin as many iterations as the others or be told the same epochs.
+
+    Frameworks, all with ``DataLoader(dataset, batch_sampler=sampler)``:
+
+    - Lightning on several processes: ``Trainer(use_distributed_sampler=False)`` or
+      ``fabric.setup_dataloaders(loader, use_distributed_sampler=False)``.
+    - Accelerate (``accelerate``) and Hugging Face Trainer: ``accelerator.prepare(loader)``. It
+      hands out the batches of a sampler to the processes. The sampler notices, and each process
+      has the batches and the ``len(loader)`` that it would have without Accelerate. With
+      ``num_replicas=1, rank=0`` the batches are instead those of one process, handed out in turn.
+      ``split_batches=True`` is not supported.
+    - To resume within an epoch: :meth:`state_dict` and :meth:`load_state_dict`.
 
     Args:
         labels: class of every sample of the data set, ``[N]``: a sequence, NumPy array or tensor
-            of any integers.
+            of integers.
         classes_per_batch: P, the classes in a batch of one replica.
         samples_per_class: K, the samples that each of these classes has in the batch.
         num_batches: batches that an epoch yields on each replica. Default: as many as it takes
             for an epoch to draw about N samples, ``ceil(N / (P * K * num_replicas))``.
         num_replicas: processes that share an epoch. Default: the world size of
-            ``torch.distributed`` where it is initialised, else 1.
+            ``torch.distributed`` where it is initialized, else 1.
         rank: which of these processes this one is. Default: its rank in ``torch.distributed``
-            where that is initialised, else 0.
+            where that is initialized, else 0.
         seed: non-negative integer.
+        ignore_index: samples with this label are never drawn and not counted in N. None: every
+            label is a class.
 
     Yields:
         ``P * K`` indices into ``labels``, class after class.
 
     Raises:
-        TypeError: ``labels`` are not integers, or a number is not an integer.
+        TypeError: ``labels`` are not integers, or a number is not an integer; or the sampler is
+            iterated as the ``sampler`` of a ``DataLoader`` with a ``batch_size``.
         ValueError: ``labels`` are empty or not one-dimensional, a number is out of its range, or
-            the data set has fewer than ``num_replicas * classes_per_batch`` classes.
+            the data set has fewer than ``num_replicas * classes_per_batch`` classes. What depends
+            on the world size is checked as soon as it is known, at the latest when an iteration
+            starts.
 
     Example:
         >>> sampler = PKSampler([7, 7, 7, 3, 3, 5], classes_per_batch=2, samples_per_class=2)
@@ -74,68 +91,63 @@ class PKSampler(Sampler[list[int]]):
         num_replicas: int | None = None,
         rank: int | None = None,
         seed: int = 0,
+        ignore_index: int | None = -100,
     ) -> None:
         labels = _label_array(labels)
-        default_replicas, default_rank = distributed_defaults()
-        self.classes_per_batch = checked_integer("classes_per_batch", classes_per_batch, minimum=1)
-        self.samples_per_class = checked_integer("samples_per_class", samples_per_class, minimum=1)
-        self.num_replicas = checked_integer(
-            "num_replicas", default_replicas if num_replicas is None else num_replicas, minimum=1
+        self.classes_per_batch = check_count(classes_per_batch, "classes_per_batch")
+        self.samples_per_class = check_count(samples_per_class, "samples_per_class")
+        drawn = np.arange(len(labels))
+        if ignore_index is not None:
+            ignore_index = check_integer(ignore_index, "ignore_index")
+            drawn = np.flatnonzero(labels != ignore_index)
+        self.ignore_index = ignore_index
+        if len(drawn) == 0:
+            raise ValueError(
+                f"labels: expected at least one other than ignore_index, got {len(labels)} of "
+                f"{ignore_index}"
+            )
+        _, counts = np.unique(labels[drawn], return_counts=True)
+        order = drawn[np.argsort(labels[drawn], kind="stable")]
+        self._members = np.split(order, np.cumsum(counts)[:-1])
+        self._check_replicas(1)
+        check_batch_size("samples_per_class", self.classes_per_batch, self.samples_per_class)
+        super().__init__(
+            len(drawn),
+            self.classes_per_batch * self.samples_per_class,
+            num_batches=num_batches,
+            num_replicas=num_replicas,
+            rank=rank,
+            seed=seed,
         )
-        self.rank = checked_integer("rank", default_rank if rank is None else rank, minimum=0)
-        if self.rank >= self.num_replicas:
+
+    def _check_replicas(self, replicas: int) -> None:
+        if replicas * self.classes_per_batch > len(self._members):
             raise ValueError(
-                f"rank must be in [0, num_replicas) = [0, {self.num_replicas}), got {self.rank}"
+                f"classes_per_batch: expected at most {len(self._members)} / {replicas}, the "
+                f"number of classes / num_replicas, got {self.classes_per_batch}"
             )
-        self.seed = checked_integer("seed", seed, minimum=0)
-        self.epoch = 0
 
-        _, counts = np.unique(labels, return_counts=True)
-        self._classes_per_step = self.num_replicas * self.classes_per_batch
-        if self._classes_per_step > len(counts):
-            raise ValueError(
-                f"classes_per_batch must be at most the number of classes / num_replicas = "
-                f"{len(counts)} / {self.num_replicas}, got {self.classes_per_batch}"
-            )
-        self._members = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
-
-        if num_batches is None:
-            samples_per_step = self._classes_per_step * self.samples_per_class
-            num_batches = -(-len(labels) // samples_per_step)
-        self.num_batches = checked_integer("num_batches", num_batches, minimum=1)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose batches the next iteration draws.
-
-        Args:
-            epoch: non-negative integer.
-
-        Raises:
-            TypeError: ``epoch`` is not an integer.
-            ValueError: ``epoch`` is negative.
-        """
-        self.epoch = checked_integer("epoch", epoch, minimum=0)
-
-    def __len__(self) -> int:
-        """Batches that an iteration yields; the same on every rank."""
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = np.random.default_rng([self.seed, self.epoch])
+    def _steps(
+        self, epoch: int, numbers: range, replicas: int, ranks: range
+    ) -> Iterator[list[list[int]]]:
+        generator = np.random.default_rng([self.seed, epoch])
         class_deck = _Deck(len(self._members), generator)
         sample_decks: dict[int, _Deck] = {}
-        first = self.rank * self.classes_per_batch
-        for _ in range(self.num_batches):
+        for number in range(numbers.stop):
             drawn = []
             # The samples of the other ranks' classes are drawn too, so that the decks and the
             # generator stand the same on every rank.
-            for label in class_deck.deal(self._classes_per_step).tolist():
+            for label in class_deck.deal(replicas * self.classes_per_batch).tolist():
                 deck = sample_decks.get(label)
                 if deck is None:
                     deck = sample_decks[label] = _Deck(len(self._members[label]), generator)
                 drawn.append((label, deck.deal(self.samples_per_class % deck.size)))
-            own = drawn[first : first + self.classes_per_batch]
-            yield np.concatenate([self._samples(*draw) for draw in own]).tolist()
+            if number in numbers:
+                yield [self._batch(drawn, rank) for rank in ranks]
+
+    def _batch(self, drawn: list[tuple[int, np.ndarray]], rank: int) -> list[int]:
+        own = drawn[rank * self.classes_per_batch : (rank + 1) * self.classes_per_batch]
+        return np.concatenate([self._samples(*draw) for draw in own]).tolist()
 
     def _samples(self, label: int, extra: np.ndarray) -> np.ndarray:
         """All samples of a class as often as K holds them in full, then the ``extra`` ones."""
@@ -169,20 +181,20 @@ class _Deck:
 def _label_array(labels: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
     """``labels`` as a checked one-dimensional integer array."""
     if isinstance(labels, torch.Tensor):
-        if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-            raise TypeError(f"labels must be integers, got a tensor of {labels.dtype}")
-        labels = labels.detach().cpu().numpy()
+        labels = check_integers(labels, "labels").detach()
+        if labels.is_meta:
+            raise TypeError("labels: expected a tensor with data, got one on the meta device")
+        labels = labels.cpu().numpy()
     try:
         array = np.asarray(labels)
-    except ValueError as error:
-        raise ValueError(f"labels must be one-dimensional, got nested sequences: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"labels: expected shape [N], got {type(labels).__name__} that is no array: {error}"
+        ) from None
     if array.ndim == 1 and array.size == 0:
-        raise ValueError("labels must hold at least one label, got none")
+        raise ValueError("labels: expected at least one label, got none")
     if array.dtype.kind not in "iu":
-        raise TypeError(
-            f"labels must be a sequence, array or tensor of integers, "
-            f"got {type(labels).__name__} of {array.dtype}"
-        )
+        raise TypeError(f"labels: expected integers, got {type(labels).__name__} of {array.dtype}")
     if array.ndim != 1:
-        raise ValueError(f"labels must be one-dimensional, got shape {array.shape}")
+        raise ValueError(f"labels: expected shape [N], got {list(array.shape)}")
     return array

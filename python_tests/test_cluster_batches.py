@@ -182,12 +182,20 @@ def test_going_on_in_the_middle_gives_the_same_batches(tmp_path, stop):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"clusters_per_batch": 12}, ValueError, "at most the 10 clusters there are, got 12"),
-        ({"clusters_per_batch": 1}, ValueError, "clusters_per_batch must be at least 2, got 1"),
-        ({"samples_per_cluster": 0}, ValueError, "samples_per_cluster must be at least 1, got 0"),
-        ({"num_batches": 0}, ValueError, "num_batches must be at least 1"),
-        ({"num_replicas": 2, "rank": 2}, ValueError, r"rank must be in .* \[0, 2\), got 2"),
-        ({"seed": 0.5}, TypeError, "seed must be an integer"),
+        (
+            {"clusters_per_batch": 12},
+            ValueError,
+            "clusters_per_batch: expected at most 10, .* got 12",
+        ),
+        ({"clusters_per_batch": 1}, ValueError, "clusters_per_batch: expected at least 2, got 1"),
+        ({"samples_per_cluster": 0}, ValueError, "samples_per_cluster: expected at least 1, got 0"),
+        ({"num_batches": 0}, ValueError, "num_batches: expected at least 1"),
+        (
+            {"num_replicas": 2, "rank": 2},
+            ValueError,
+            r"rank: expected a number in \[0, 2\), .* got 2",
+        ),
+        ({"seed": 0.5}, TypeError, "seed: expected an int, got float"),
     ],
 )
 def test_wrong_arguments(options, error, message):
@@ -196,7 +204,7 @@ def test_wrong_arguments(options, error, message):
 
 
 def test_clusters_have_to_be_refreshed_first():
-    with pytest.raises(TypeError, match="clusters must be a ClusterIndex, got list"):
+    with pytest.raises(TypeError, match="clusters: expected a ClusterIndex, got list"):
         ClusterBatchSampler([1])
     sampler = ClusterBatchSampler(
         ClusterIndex(torch.arange(9), cluster_size=1), clusters_per_batch=3

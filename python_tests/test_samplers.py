@@ -132,6 +132,7 @@ def test_seed_and_epoch_alone_decide_the_batches(drawn, epoch):
     np.random.seed(1)
     torch.manual_seed(1)
     list(second)
+    first.set_epoch(epoch)
     second.set_epoch(epoch)
     assert batches == list(first) == list(second)
 
@@ -183,57 +184,96 @@ def test_data_loader_delivers_the_batches():
     dataset = torch.utils.data.TensorDataset(torch.arange(6), labels)
     sampler = PKSampler(labels, 2, 4, num_batches=5)
     delivered = [indices.tolist() for indices, _ in DataLoader(dataset, batch_sampler=sampler)]
-    assert delivered == list(sampler)
+    assert delivered == list(PKSampler(labels, 2, 4, num_batches=5))
 
 
-def test_replicas_and_rank_default_to_torch_distributed(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 2)
-    sampler = PKSampler(list(range(9)), 2, 1)
-    assert (sampler.num_replicas, sampler.rank) == (3, 2)
-    assert list(sampler) == list(PKSampler(list(range(9)), 2, 1, num_replicas=3, rank=2))
+@settings(deadline=None)
+@given(drawn_sampler_arguments(), st.integers(0, 9))
+def test_ignored_samples_are_as_if_they_were_not_there(drawn, seed):
+    labels, _, arguments = drawn
+    places = np.random.default_rng(seed).integers(0, len(labels) + 1, size=5)
+    whole = np.insert(labels.astype(np.int64), places, -100)
+    kept = np.flatnonzero(whole != -100)
+    expected = [kept[batch].tolist() for batch in PKSampler(labels, **arguments)]
+    assert list(PKSampler(whole, **arguments)) == expected
+    other = np.where(whole == -100, 555, whole)
+    assert list(PKSampler(other, ignore_index=555, **arguments)) == expected
+
+
+def test_without_ignore_index_every_label_is_a_class():
+    labels = [0, -100, 0, -100]
+    batches = list(PKSampler(labels, 2, 2, ignore_index=None))
+    assert {index for batch in batches for index in batch} == {0, 1, 2, 3}
+
+
+def test_samples_are_counted_without_those_ignored():
+    assert len(PKSampler([0] * 8 + [-100] * 8, 1, 2)) == 4
+    assert len(PKSampler([0] * 8 + [-100] * 8, 1, 2, ignore_index=None)) == 8
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"labels": []}, ValueError, "labels must hold at least one"),
-        ({"labels": torch.empty(0, dtype=torch.int64)}, ValueError, "labels must hold at least"),
-        ({"labels": [0.0, 1.0]}, TypeError, "labels must be .*integers, got list of float64"),
-        ({"labels": torch.tensor([0.0, 1.0])}, TypeError, "labels must be integers.*float32"),
-        ({"labels": torch.tensor([True, False])}, TypeError, "labels must be integers.*bool"),
-        ({"labels": ["a", "b"]}, TypeError, "labels must be .*integers"),
-        ({"labels": iter([0, 1])}, TypeError, "labels must be .*integers"),
-        ({"labels": [[0, 1], [2, 3]]}, ValueError, r"labels must be one-dim.*\(2, 2\)"),
-        ({"labels": [[0, 1], [2]]}, ValueError, "labels must be one-dimensional"),
-        ({"classes_per_batch": 0}, ValueError, "classes_per_batch must be at least 1, got 0"),
-        ({"classes_per_batch": 4}, ValueError, "classes_per_batch must be at most .* 3 / 1, got 4"),
+        ({"labels": []}, ValueError, "labels: expected at least one label, got none"),
+        ({"labels": torch.empty(0, dtype=torch.int64)}, ValueError, "labels: expected at least"),
+        ({"labels": [0.0, 1.0]}, TypeError, "labels: expected integers, got list of float64"),
+        ({"labels": torch.tensor([0.0, 1.0])}, TypeError, "labels: .*, got torch.float32"),
+        ({"labels": torch.tensor([True, False])}, TypeError, "labels: .* got torch.bool"),
+        ({"labels": np.array([True, False])}, TypeError, "labels: expected integers, .* bool"),
+        ({"labels": ["a", "b"]}, TypeError, "labels: expected integers"),
+        ({"labels": [0, None]}, TypeError, "labels: expected integers, got list of object"),
+        ({"labels": [0, 2**70]}, TypeError, "labels: expected integers, got list of object"),
+        ({"labels": None}, TypeError, "labels: expected integers, got NoneType"),
+        ({"labels": {0: 1}}, TypeError, "labels: expected integers, got dict"),
+        ({"labels": iter([0, 1])}, TypeError, "labels: expected integers"),
+        ({"labels": 3}, ValueError, r"labels: expected shape \[N\], got \[\]"),
+        ({"labels": [[0, 1], [2, 3]]}, ValueError, r"labels: expected shape \[N\], got \[2, 2\]"),
+        ({"labels": [[0, 1], [2]]}, ValueError, r"labels: expected shape \[N\], got list"),
+        ({"labels": torch.zeros(2, 2).long()}, ValueError, r"labels: expected shape \[N\], got"),
+        ({"labels": torch.zeros(4, dtype=torch.uint16)}, TypeError, "labels: .* torch.uint16"),
+        ({"labels": torch.zeros(4).to_sparse()}, TypeError, "labels: expected a dense tensor"),
+        ({"labels": torch.zeros(4, device="meta").long()}, TypeError, "labels: .* meta"),
+        ({"labels": [torch.zeros((), device="meta")] * 4}, ValueError, "labels: .* meta"),
+        (
+            {"labels": torch.nested.nested_tensor([torch.zeros(2).long()])},
+            TypeError,
+            "labels: expected a dense tensor, got a nested one",
+        ),
+        (
+            {"labels": torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.qint8)},
+            TypeError,
+            "labels: expected an integer dtype, got torch.qint8",
+        ),
+        ({"labels": [-100] * 3}, ValueError, "labels: .* ignore_index, got 3 of -100"),
+        ({"ignore_index": 0.5}, TypeError, "ignore_index: expected an int, got float"),
+        ({"classes_per_batch": 0}, ValueError, "classes_per_batch: expected at least 1, got 0"),
+        ({"classes_per_batch": 4}, ValueError, "classes_per_batch: expected at most 3 / 1.* got 4"),
         (
             {"classes_per_batch": 2, "num_replicas": 2, "rank": 0},
             ValueError,
-            "classes_per_batch must be at most .* 3 / 2, got 2",
+            "classes_per_batch: expected at most 3 / 2, .* got 2",
         ),
-        ({"classes_per_batch": 2.0}, TypeError, "classes_per_batch must be an integer, got 2.0"),
-        ({"samples_per_class": -1}, ValueError, "samples_per_class must be at least 1, got -1"),
-        ({"samples_per_class": True}, TypeError, "samples_per_class must be an integer, got True"),
-        ({"num_batches": 0}, ValueError, "num_batches must be at least 1, got 0"),
-        ({"num_replicas": 0}, ValueError, "num_replicas must be at least 1, got 0"),
-        ({"rank": 1}, ValueError, r"rank must be in .*\[0, 1\), got 1"),
-        ({"rank": -1}, ValueError, "rank must be at least 0, got -1"),
-        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
-        ({"seed": "0"}, TypeError, "seed must be an integer, got '0'"),
+        ({"classes_per_batch": 2.0}, TypeError, "classes_per_batch: expected an int, got float"),
+        ({"samples_per_class": -1}, ValueError, "samples_per_class: expected at least 1, got -1"),
+        ({"samples_per_class": True}, TypeError, "samples_per_class: expected an int, got bool"),
+        (
+            {"samples_per_class": 2**23 + 1},
+            ValueError,
+            "samples_per_class: expected a batch of at most 16777216 indices, got 2 x 8388609",
+        ),
+        ({"num_batches": 0}, ValueError, "num_batches: expected at least 1, got 0"),
+        ({"num_replicas": 0}, ValueError, "num_replicas: expected at least 1, got 0"),
+        (
+            {"num_replicas": 1, "rank": 1},
+            ValueError,
+            r"rank: expected a number in \[0, 1\).* got 1",
+        ),
+        ({"rank": -1}, ValueError, "rank: expected at least 0, got -1"),
+        ({"seed": -1}, ValueError, "seed: expected at least 0, got -1"),
+        ({"seed": "0"}, TypeError, "seed: expected an int, got str"),
     ],
 )
 def test_a_wrong_argument_is_named_with_what_came_and_what_is_wanted(changes, error, message):
     arguments = {"labels": [0, 0, 1, 2], "classes_per_batch": 2, "samples_per_class": 2} | changes
     with pytest.raises(error, match=message):
         PKSampler(**arguments)
-
-
-def test_a_wrong_epoch_is_named():
-    sampler = PKSampler([0, 1], 2, 1)
-    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
-        sampler.set_epoch(-1)
-    with pytest.raises(TypeError, match=r"epoch must be an integer, got 0\.5"):
-        sampler.set_epoch(0.5)
