@@ -227,6 +227,8 @@ def check_data(value: Tensor, name: str) -> Tensor:
     value = check_tensor(value, name)
     if value.is_meta or _is_fake(value):
         raise TypeError(f"{name}: expected a tensor with data, got one on the meta device")
+    if torch._C._functorch.is_batchedtensor(value):
+        raise TypeError(f"{name}: expected a tensor with data, got one of torch.func.vmap")
     return value.detach().as_subclass(Tensor)
 
 
@@ -253,8 +255,8 @@ def check_path(value: str | os.PathLike[str], name: str) -> str:
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name}: expected a str or a path, got {type(value).__name__}")
     value = os.fsdecode(value)
-    if "\0" in value:
-        raise ValueError(f"{name}: expected a path without null characters, got {value!r}")
+    if not value or "\0" in value:
+        raise ValueError(f"{name}: expected a path, got {value!r}")
     return value
 
 

@@ -43,7 +43,7 @@ def batches_of(
 ) -> Iterable[Sequence[Tensor]]:
     """Those of the loader, with a bar if there is to be progress."""
     iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
-    if not iterable or isinstance(loader, Tensor | np.ndarray):
+    if not iterable or isinstance(loader, Tensor | np.ndarray | np.generic):
         raise TypeError(f"loader: expected an iterable of batches, got {type(loader).__name__}")
     if not check_flag(progress, "progress"):
         return loader

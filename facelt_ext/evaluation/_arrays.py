@@ -44,6 +44,9 @@ def _from_numpy(value: np.ndarray, name: str) -> Tensor:
         dtype = np.dtype(np.int64)
     # Read-only arrays, as of files mapped into memory, are copied: chunk by chunk where large.
     value = np.require(value.astype(dtype, copy=False), requirements=["C", "W"])
+    if not value.size:
+        # To NumPy any strides of nothing are in order.
+        value = np.empty(value.shape, dtype)
     try:
         return torch.from_numpy(value)
     except TypeError as error:
