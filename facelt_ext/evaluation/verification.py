@@ -84,7 +84,8 @@ def embed(
             rows, names = checked_features(model, batch, device, number)
             if flip:
                 mirrored = (batch[0].flip(-1), *batch[1:])
-                rows = flip_sum(rows, checked_features(model, mirrored, device, number)[0])
+                # A copy: the model may write its next features where these are.
+                rows = flip_sum(rows.clone(), checked_features(model, mirrored, device, number)[0])
             features.append(rows, f"model: features of batch {number}")
             labels.append(names, "")
     found = features.all()
