@@ -7,6 +7,8 @@ converted where that is its job.
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -235,3 +237,53 @@ def check_class_range(index: Tensor, name: str, classes: int, ignore_index: int 
             f"{name}: expected numbers in [0, {classes}){allowed}, got {int(index[position])} "
             f"at position {position}"
         )
+
+
+def check_data(value: Tensor, name: str) -> Tensor:
+    """A plain tensor without a gradient, whose numbers are there: for what is no loss."""
+    value = check_tensor(value, name)
+    if value.is_meta or _is_fake(value):
+        raise TypeError(f"{name}: expected a tensor with data, got one on the meta device")
+    if torch._C._functorch.is_batchedtensor(value):
+        raise TypeError(f"{name}: expected a tensor with data, got one of torch.func.vmap")
+    return value.detach().as_subclass(Tensor)
+
+
+def check_counts(values: Sequence[int], name: str, minimum: int = 1) -> list[int]:
+    """Integers of at least `minimum`, in a tuple, a list or a NumPy array [n]."""
+    if isinstance(values, np.ndarray) and values.ndim == 1:
+        values = list(values)
+    if not isinstance(values, (tuple, list)):
+        raise TypeError(f"{name}: expected a tuple or list of ints, got {type(values).__name__}")
+    return [check_count(value, f"{name}[{i}]", minimum) for i, value in enumerate(values)]
+
+
+def check_device(value: torch.device | str | int, name: str) -> torch.device:
+    """A device that is there."""
+    if isinstance(value, bool) or not isinstance(value, (torch.device, str, int)):
+        raise TypeError(f"{name}: expected a torch.device or a str, got {type(value).__name__}")
+    try:
+        return torch.empty(0, device=value).device
+    except Exception as error:  # Each backend has its own kinds.
+        raise ValueError(f"{name}: expected a device that is there, got {value!r}") from error
+
+
+def check_path(value: str | os.PathLike[str], name: str) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: expected a str or a path, got {type(value).__name__}")
+    value = os.fsdecode(value)
+    if not value or "\0" in value:
+        raise ValueError(f"{name}: expected a path, got {value!r}")
+    return value
+
+
+def zeros_of_size(name: str, *sizes: int, dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU; sizes for which there is no memory are an error, as of `check_size`."""
+    check_size(name, *sizes)
+    try:
+        return torch.zeros(sizes, dtype=dtype, device="cpu")
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: expected sizes of a tensor that fits into memory, got "
+            f"{' x '.join(map(str, sizes))}"
+        ) from error

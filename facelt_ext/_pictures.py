@@ -8,7 +8,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def new_axes() -> Axes:
+def checked_axes(axes: Axes | None, name: str) -> Axes:
+    """Those given, or new ones."""
+    if axes is None:
+        return _new_axes()
+    if not callable(getattr(axes, "plot", None)) or not hasattr(axes, "figure"):
+        raise TypeError(f"{name}: expected matplotlib axes, got {type(axes).__name__}")
+    return axes
+
+
+def _new_axes() -> Axes:
     """On a figure of their own, which no window shows."""
     try:
         from matplotlib.figure import Figure

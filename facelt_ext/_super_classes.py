@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from facelt_ext._checks import check_class_range, check_count, check_integer, check_integers
+from facelt_ext._checks import (
+    LARGEST_INTEGER,
+    check_class_range,
+    check_data,
+    check_integer,
+    check_integers,
+    check_path,
+)
 from facelt_ext._super_classes_report import draw_sizes, table
 
 if TYPE_CHECKING:
@@ -69,8 +76,10 @@ class SuperClasses:
         if counts is not None:
             counts = _integers(counts, "counts", len(head) + len(tail), "class")
             _check_least(counts, "counts", 1)
+            if counts.double().sum() > LARGEST_INTEGER:
+                raise ValueError("counts: expected a sum of 64 bits, got a larger one")
         if groups is None:
-            groups = torch.zeros(num_super_classes, dtype=torch.int64)
+            groups = torch.zeros(num_super_classes, dtype=torch.int64, device="cpu")
         groups = _integers(groups, "groups", num_super_classes, "super class")
         _check_least(groups, "groups", 0)
         checked = {"head": head, "tail": tail, "super_class": super_class}
@@ -125,12 +134,13 @@ class SuperClasses:
         Returns:
             int64, of the shape and on the device of `labels`, in [0, N).
         """
-        return self._mapped(labels, torch.arange(self.num_head, self.num_classes), ignore_index)
+        numbers = torch.arange(self.num_head, self.num_classes, device="cpu")
+        return self._mapped(labels, numbers, ignore_index)
 
     def members(self, super_class: int) -> Tensor:
         """Fine labels of the tail classes in a super class, int64, in the order of `tail`."""
-        check_count(super_class, "super_class", minimum=0)
-        if super_class >= self.num_super_classes:
+        super_class = check_integer(super_class, "super_class")
+        if not 0 <= super_class < self.num_super_classes:
             raise ValueError(
                 f"super_class: expected a number in [0, {self.num_super_classes}), "
                 f"got {super_class}"
@@ -166,7 +176,7 @@ class SuperClasses:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all of it to a file that `load` reads."""
         content = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        torch.save({"format": _FORMAT, "version": _VERSION, **content}, path)
+        torch.save({"format": _FORMAT, "version": _VERSION, **content}, check_path(path, "path"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SuperClasses:
@@ -176,9 +186,9 @@ class SuperClasses:
             OSError: the file cannot be read.
             ValueError: it holds no super classes, is damaged, or of another version.
         """
-        name = os.fspath(path)
+        name = check_path(path, "path")
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(name, map_location="cpu", weights_only=True)
         except OSError:
             raise
         except Exception as error:
@@ -189,6 +199,15 @@ class SuperClasses:
             )
         if (version := content.pop("version", None)) != _VERSION:
             raise ValueError(f"path: expected version {_VERSION}, got {version} in {name}")
+        missing = [entry for entry in cls.__dataclass_fields__ if entry not in content]
+        if missing:
+            raise ValueError(f"path: {name} is damaged: no {missing[0]}")
+        for entry, value in content.items():
+            # Anything else was rounded or made by something else.
+            if isinstance(value, Tensor) and value.dtype != torch.int64:
+                raise ValueError(
+                    f"path: {name} is damaged: {entry}: expected torch.int64, got {value.dtype}"
+                )
         try:
             return cls(**content)
         except (TypeError, ValueError) as error:
@@ -209,7 +228,7 @@ class SuperClasses:
         )
 
     def _mapped(self, labels: Tensor, tail_labels: Tensor, ignore_index: int | None) -> Tensor:
-        labels = check_integers(labels, "labels")
+        labels = check_integers(check_data(labels, "labels"), "labels")
         ignored = torch.zeros_like(labels, dtype=torch.bool)
         if ignore_index is not None:
             ignore_index = check_integer(ignore_index, "ignore_index")
@@ -220,8 +239,8 @@ class SuperClasses:
                 )
             ignored = labels == ignore_index
         check_class_range(labels.reshape(-1), "labels", self.num_classes, ignore_index)
-        table = torch.empty(self.num_classes, dtype=torch.int64)
-        table[self.head] = torch.arange(self.num_head)
+        table = torch.empty(self.num_classes, dtype=torch.int64, device="cpu")
+        table[self.head] = torch.arange(self.num_head, device="cpu")
         table[self.tail] = tail_labels
         mapped = table.to(labels.device)[labels.masked_fill(ignored, 0)]
         return torch.where(ignored, labels, mapped)
@@ -231,14 +250,14 @@ def _integers(
     value: Tensor, name: str, length: int | None = None, one_per: str | None = None
 ) -> Tensor:
     """A copy of `value` on the CPU, int64 [length]."""
-    value = check_integers(value, name)
+    value = check_integers(check_data(value, name), name)
     if value.ndim != 1:
         raise ValueError(f"{name}: expected one dimension, got shape {list(value.shape)}")
     if length is not None and len(value) != length:
         raise ValueError(
             f"{name}: expected shape [{length}], one for each {one_per}, got [{len(value)}]"
         )
-    return value.detach().to("cpu", torch.int64, copy=True)
+    return value.to("cpu", copy=True)
 
 
 def _check_least(value: Tensor, name: str, minimum: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from facelt_ext._pictures import new_axes
+from facelt_ext._pictures import checked_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def table(super_classes: SuperClasses) -> str:
     """See `SuperClasses.summary`."""
-    everything = torch.arange(super_classes.num_classes)
-    all_super_classes = torch.arange(super_classes.num_super_classes)
+    everything = torch.arange(super_classes.num_classes, device="cpu")
+    all_super_classes = torch.arange(super_classes.num_super_classes, device="cpu")
     parts = [("head", super_classes.head, None)] if super_classes.num_head else []
     for group in super_classes.groups.unique().tolist():
         in_group = super_classes.groups == group
@@ -44,7 +44,7 @@ def table(super_classes: SuperClasses) -> str:
 
 def images_per_super_class(super_classes: SuperClasses) -> Tensor:
     """int64 [S]."""
-    sizes = torch.zeros(super_classes.num_super_classes, dtype=torch.int64)
+    sizes = torch.zeros_like(super_classes.groups)
     return sizes.index_add_(0, super_classes.super_class, super_classes.counts[super_classes.tail])
 
 
@@ -52,8 +52,7 @@ def draw_sizes(super_classes: SuperClasses, axes: Axes | None) -> Axes:
     """See `SuperClasses.plot_sizes`."""
     if super_classes.counts is None:
         raise ValueError("counts: expected the images of each class for a picture, got None")
-    if axes is None:
-        axes = new_axes()
+    axes = checked_axes(axes, "ax")
     sizes = images_per_super_class(super_classes)
     fine = super_classes.counts
     coarse = torch.cat([fine[super_classes.head], sizes])
@@ -81,7 +80,8 @@ def draw_sizes(super_classes: SuperClasses, axes: Axes | None) -> Axes:
 
 def _octaves(counts: Tensor, bins: int) -> Tensor:
     """How many of the counts are in [1, 2), [2, 4), [4, 8), ..."""
-    return torch.tensor([n.bit_length() - 1 for n in counts.tolist()]).bincount(minlength=bins)
+    octaves = counts.new_tensor([n.bit_length() - 1 for n in counts.tolist()])
+    return octaves.bincount(minlength=bins)
 
 
 def _octave_name(octave: int) -> str:

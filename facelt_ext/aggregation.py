@@ -17,8 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from facelt_ext._checks import check_class_range, check_count, check_integers, check_matrix
-from facelt_ext._model_features import checked_features, device_of, evaluating, with_bar
+from facelt_ext._checks import (
+    LARGEST_INTEGER,
+    check_class_range,
+    check_count,
+    check_counts,
+    check_data,
+    check_flag,
+    check_integers,
+    check_matrix,
+    zeros_of_size,
+)
+from facelt_ext._model_features import batches_of, checked_features, chosen_device, evaluating
 from facelt_ext._super_classes import SuperClasses
 from facelt_ext.clustering import kmeans
 
@@ -81,20 +91,21 @@ def class_means(
             number of the batch; the loader yields nothing.
     """
     num_classes = check_count(num_classes, "num_classes")
-    device = device_of(model) if device is None else torch.device(device)
-    counts = torch.zeros(num_classes, dtype=torch.int64)
+    device = chosen_device(model, device)
+    counts = zeros_of_size("num_classes", num_classes, dtype=torch.int64)
     sums = None
     # No inference mode: a model that keeps tensors from its forward could not be trained later.
     with evaluating(model), torch.no_grad():
-        for number, batch in enumerate(with_bar(loader, "class means") if progress else loader):
+        for number, batch in enumerate(batches_of(loader, progress, "class means")):
             features, labels = checked_features(model, batch, device, number)
-            check_class_range(labels, f"labels of batch {number}", num_classes, None)
+            check_class_range(labels, f"loader: labels of batch {number}", num_classes, None)
             if sums is None:
-                sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
+                sizes = num_classes, features.shape[1]
+                sums = zeros_of_size("num_classes", *sizes, dtype=torch.float64)
             if features.shape[1] != sums.shape[1]:
                 raise ValueError(
-                    f"features of batch {number}: expected {sums.shape[1]} dimensions, as in "
-                    f"batch 0, got {features.shape[1]}"
+                    f"model: features of batch {number}: expected {sums.shape[1]} dimensions, as "
+                    f"in batch 0, got {features.shape[1]}"
                 )
             sums.index_add_(0, labels, features.double())
             counts += labels.bincount(minlength=num_classes)
@@ -118,7 +129,7 @@ def split_classes(counts: Tensor, minimums: Sequence[int] = (10, 4, 1)) -> Class
         TypeError: `counts` or `minimums` are not integers.
         ValueError: `minimums` are not as above; a class has fewer images than the last of them.
     """
-    _check_minimums(minimums)
+    minimums = _checked_minimums(minimums)
     counts = _checked_counts(counts)
     if (counts < minimums[-1]).any():
         short = (counts < minimums[-1]).nonzero().flatten()
@@ -170,13 +181,16 @@ def aggregate(
         TypeError, ValueError: an argument is not as above; no class is in the head and
             `num_super_classes` is None.
     """
-    means = check_matrix(means, "means")
+    means = check_matrix(check_data(means, "means"), "means")
     counts = _checked_counts(counts, means)
+    spherical, progress = check_flag(spherical, "spherical"), check_flag(progress, "progress")
+    seed = check_count(seed, "seed", minimum=0)
     head, tails = split_classes(counts, minimums)
+    _check_finite(means, tails)
     if num_super_classes is None:
         num_super_classes = _default_numbers(counts, head, tails)
     else:
-        _check_numbers(num_super_classes, tails)
+        num_super_classes = _checked_numbers(num_super_classes, tails)
     super_class = torch.empty_like(counts)
     first = 0
     for labels, number in zip(tails, num_super_classes, strict=True):
@@ -185,29 +199,41 @@ def aggregate(
             found = kmeans(rows, number, spherical=spherical, seed=seed, progress=progress)
             super_class[labels] = first + found.assignments.cpu()
         first += number
-    tail = torch.cat([torch.empty(0, dtype=torch.int64), *tails]).sort().values
-    groups = torch.arange(len(tails)).repeat_interleave(
-        torch.tensor(num_super_classes, dtype=torch.int64)
+    tail = torch.cat([counts[:0], *tails]).sort().values
+    groups = torch.arange(len(tails), device="cpu").repeat_interleave(
+        counts.new_tensor(num_super_classes)
     )
     return SuperClasses(head, tail, super_class[tail], counts, groups)
 
 
 def _checked_counts(counts: Tensor, means: Tensor | None = None) -> Tensor:
     """`counts` as int64 on the CPU, one for each row of `means`."""
-    counts = check_integers(counts, "counts")
+    counts = check_integers(check_data(counts, "counts"), "counts")
     if counts.ndim != 1 or (means is not None and len(counts) != len(means)):
         wanted = "[num_classes]" if means is None else f"[{len(means)}], one for each row of means"
         raise ValueError(f"counts: expected shape {wanted}, got {list(counts.shape)}")
+    if counts.double().sum() > LARGEST_INTEGER:
+        raise ValueError("counts: expected a sum of 64 bits, got a larger one")
     return counts.cpu()
 
 
-def _check_minimums(minimums: Sequence[int]) -> None:
-    if not isinstance(minimums, tuple | list) or not minimums:
+def _checked_minimums(minimums: Sequence[int]) -> list[int]:
+    minimums = check_counts(minimums, "minimums")
+    if not minimums:
         raise TypeError(f"minimums: expected a tuple or list of ints, got {minimums!r}")
-    for minimum in minimums:
-        check_count(minimum, "minimums")
     if any(below <= least for below, least in pairwise(minimums)):
         raise ValueError(f"minimums: expected descending numbers, got {tuple(minimums)}")
+    return minimums
+
+
+def _check_finite(means: Tensor, tails: Sequence[Tensor]) -> None:
+    for labels in tails:
+        finite = means[labels.to(means.device)].isfinite().all(dim=1)
+        if not finite.all():
+            row = int(labels[int((~finite).nonzero()[0])])
+            raise ValueError(
+                f"means: expected finite numbers of tail classes, got others in row {row}"
+            )
 
 
 def _default_numbers(counts: Tensor, head: Tensor, tails: Sequence[Tensor]) -> list[int]:
@@ -223,11 +249,8 @@ def _default_numbers(counts: Tensor, head: Tensor, tails: Sequence[Tensor]) -> l
     ]
 
 
-def _check_numbers(numbers: Sequence[int], tails: Sequence[Tensor]) -> None:
-    if not isinstance(numbers, tuple | list):
-        raise TypeError(
-            f"num_super_classes: expected a tuple or list of ints, got {type(numbers).__name__}"
-        )
+def _checked_numbers(numbers: Sequence[int], tails: Sequence[Tensor]) -> list[int]:
+    numbers = check_counts(numbers, "num_super_classes", minimum=0)
     if len(numbers) != len(tails):
         raise ValueError(
             f"num_super_classes: expected {len(tails)} numbers, one for each tail group, "
@@ -241,3 +264,4 @@ def _check_numbers(numbers: Sequence[int], tails: Sequence[Tensor]) -> None:
                 f"{name}: expected at most {len(labels)}, the classes of the tail group, "
                 f"got {number}"
             )
+    return numbers

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from facelt_ext._checks import check_choice, check_count, check_matrix
+from facelt_ext._autocast import without_autocast
+from facelt_ext._checks import check_choice, check_count, check_data, check_matrix
 from facelt_ext.clusters import ClusterIndex
 from facelt_ext.reference.margin_softmax import unit_rows
 from facelt_ext.types import compute_dtype
@@ -52,11 +53,11 @@ class NearestClusterClassifier:
 
     def __init__(self, num_neighbors: int = 20, *, search: str = "products") -> None:
         num_neighbors = check_count(num_neighbors, "num_neighbors")
-        check_choice(search, "search", tuple(_SEARCHES))
+        search = check_choice(search, "search", tuple(_SEARCHES))
         self.num_neighbors, self.search = num_neighbors, search
-        self.classes = torch.empty(0, dtype=torch.int64)
-        self.cluster_class = torch.empty(0, dtype=torch.int64)
-        self.centroids = torch.empty(0, 0)
+        self.classes = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.cluster_class = torch.empty_like(self.classes)
+        self.centroids = torch.empty(0, 0, dtype=torch.float32, device="cpu")
         self._find: Callable[[Tensor, int], Tensor] | None = None
 
     def fit(self, clusters: ClusterIndex) -> NearestClusterClassifier:
@@ -85,6 +86,7 @@ class NearestClusterClassifier:
             torch.cat([self.centroids, centroids]), torch.cat([self.cluster_class, cluster_class])
         )
 
+    @without_autocast
     def predict(self, features: Tensor) -> Tensor:
         """The class of each feature.
 
@@ -94,7 +96,7 @@ class NearestClusterClassifier:
         Returns:
             int64 [B], on the device of the features.
         """
-        self._check(features)
+        features = self._checked(features)
         # Of equal scores the lowest class; those that are not the best lie beyond all classes.
         best = [
             torch.where(scores == scores.amax(1, keepdim=True), classes, len(self.classes)).amin(1)
@@ -102,6 +104,7 @@ class NearestClusterClassifier:
         ]
         return self.classes.to(features.device)[torch.cat(best)]
 
+    @without_autocast
     def decision_function(self, features: Tensor) -> Tensor:
         """The scores of all classes.
 
@@ -112,7 +115,7 @@ class NearestClusterClassifier:
             [B, C], in the order of `classes`, float64 for float64 features, float32 otherwise; -inf
             for classes without a cluster among the nearest.
         """
-        self._check(features)
+        features = self._checked(features)
         dtype = compute_dtype(features.dtype)
         result = torch.full(
             (len(features), len(self.classes)), -torch.inf, dtype=dtype, device=features.device
@@ -148,9 +151,9 @@ class NearestClusterClassifier:
         if len(self.cluster_class) == 0:
             raise ValueError("the classifier has no clusters yet: call fit before")
 
-    def _check(self, features: Tensor) -> None:
+    def _checked(self, features: Tensor) -> Tensor:
         self._check_fitted()
-        check_matrix(features, "features")
+        features = check_matrix(check_data(features, "features"), "features")
         if features.shape[1] != self.centroids.shape[1]:
             raise ValueError(
                 f"features: expected {self.centroids.shape[1]} dimensions, as the centroids, "
@@ -158,10 +161,11 @@ class NearestClusterClassifier:
             )
         if not features.isfinite().all():
             raise ValueError("features: expected finite numbers, got NaN or infinity")
+        return features
 
     def _scores(self, features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Chunk by chunk, of each nearest cluster the score and the number of its class."""
-        units = unit_rows(features.detach().to(compute_dtype(features.dtype)))[0]
+        units = unit_rows(features.to(compute_dtype(features.dtype)))[0]
         count = min(self.num_neighbors, len(self.cluster_class))
         centroids = self.centroids.to(units)
         class_number = self._class_number.to(units.device)

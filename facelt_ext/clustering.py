@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, reference
+from facelt_ext._autocast import without_autocast
 from facelt_ext._balanced_assignment import BalancedAssignment
-from facelt_ext._checks import check_count, check_flag, check_matrix, check_number
+from facelt_ext._checks import check_count, check_data, check_flag, check_matrix, check_number
 from facelt_ext._cluster_exchange import exchange
 from facelt_ext._distances import Distances
 from facelt_ext.functional.super_classes import segment_mean, sorted_members
@@ -45,6 +46,7 @@ class Clustering(NamedTuple):
     converged: bool
 
 
+@without_autocast
 def kmeans(
     x: Tensor,
     k: int,
@@ -101,7 +103,8 @@ def kmeans(
         raise ValueError(f"tolerance: expected at least 0, got {tolerance}")
     seed = check_count(seed, "seed", minimum=0)
     spherical, balanced = check_flag(spherical, "spherical"), check_flag(balanced, "balanced")
-    x = x.detach().to(compute_dtype(x.dtype)).contiguous()
+    progress = check_flag(progress, "progress")
+    x = x.to(compute_dtype(x.dtype)).contiguous()
     points, mean, scale = (unit_rows(x)[0], 0, 1) if spherical else _centered(x)
     engine = _Engine(points, k, spherical)
     balance = BalancedAssignment(engine, k) if balanced else None
@@ -144,7 +147,7 @@ def _balanced(
 
 
 def _check_points(x: Tensor) -> Tensor:
-    x = check_matrix(x, "x")
+    x = check_matrix(check_data(x, "x"), "x")
     if not x.isfinite().all():
         raise ValueError("x: expected finite numbers, got NaN or infinity")
     return x

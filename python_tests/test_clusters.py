@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from facelt_ext import CLMLELoss
 from facelt_ext.clusters import ClusterIndex
 
 SIZES = {7: 23, -3: 4, 2: 1, 9: 12}
@@ -94,6 +96,119 @@ def test_losses_are_kept_and_averaged_over_those_seen(index):
     assert_whole(index)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_losses_that_are_not_finite_are_left_out(index, dtype):
+    """As those of a step that overflowed: what was known of their samples stays."""
+    index.update_losses(torch.arange(6), torch.tensor([1.0, 2, 3, 4, 5, 6]))
+    samples = torch.tensor([0, 1, 2, 3, 30, 5, 5])
+    losses = torch.tensor([9, torch.nan, torch.inf, -torch.inf, torch.nan, 7, torch.inf])
+    index.update_losses(samples, losses.to(dtype).requires_grad_())
+    assert index.sample_losses.dtype == torch.float32
+    assert index.sample_losses[:6].tolist() == [9, 2, 3, 4, 5, 7]
+    assert index.sample_losses[6:].eq(torch.inf).all()
+
+
+def test_a_loss_that_float32_does_not_hold_is_left_out(index):
+    index.update_losses(torch.tensor([0, 1]), torch.tensor([1e300, 2.0], dtype=torch.float64))
+    assert index.sample_losses[:2].tolist() == [math.inf, 2]
+
+
+def test_an_overflow_step_of_a_grad_scaler(index):
+    features, labels = labelled()
+    model, loss = torch.nn.Linear(6, 4), CLMLELoss(0.3, 0.1, samples_per_cluster=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    expected = torch.full((len(labels),), torch.inf)
+    for step in range(4):
+        samples = index.members(step)[:2].repeat(2)
+        inputs = features[samples].clone()
+        if step == 2:
+            inputs[1] = torch.inf
+        scaler.scale(loss(model(inputs), labels[samples])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        index.update_losses(samples, loss.sample_losses)
+        for sample, value in zip(samples.tolist(), loss.sample_losses.tolist(), strict=True):
+            if math.isfinite(value):
+                expected[sample] = value
+    assert torch.equal(index.sample_losses, expected)
+
+
+def unlabelled() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features and labels with ignored ones between them, and where the others are."""
+    features, labels = labelled()
+    place = torch.arange(len(labels)) * 2 + 1
+    more = torch.full((2 * len(labels) + 3,), -100)
+    more[place] = labels
+    anything = torch.tensor([torch.nan, torch.inf, 3e38]).repeat(len(more))[: len(more), None]
+    wide = anything.repeat(1, features.shape[1])
+    wide[place] = features
+    return wide, more, place
+
+
+def test_ignored_samples_are_in_no_cluster(index):
+    """The others are clustered as if they were alone."""
+    features, labels, place = unlabelled()
+    found = ClusterIndex(labels, cluster_size=5, seed=3)
+    before = ClusterIndex(index.labels, cluster_size=5, seed=3)
+    for each, alone in ((found, before), (found, index)):
+        assert torch.equal(each.classes, alone.classes) and each.num_classes == 4
+        assert torch.equal(each.cluster_class, alone.cluster_class)
+        assert torch.equal(each.assignments[place], alone.assignments)
+        assert (each.assignments[labels == -100] == -1).all()
+        for m in range(each.num_clusters):
+            assert torch.equal(each.members(m), place[alone.members(m)])
+        each.refresh(features)
+    assert torch.equal(found.labels, labels) and found.refreshes == 2
+    with pytest.raises(ValueError, match="label: expected one of the 4 classes, got -100"):
+        found.clusters_of(-100)
+
+
+def test_centroids_without_ignored_samples(index):
+    features, labels, _ = unlabelled()
+    found = ClusterIndex(labels, cluster_size=5, seed=3)
+    found.refresh(features)
+    assert torch.equal(found.centroids, index.centroids)
+
+
+def test_losses_of_ignored_samples_count_for_nothing():
+    _, labels, place = unlabelled()
+    index = ClusterIndex(labels, cluster_size=5)
+    index.update_losses(torch.arange(len(labels)), torch.arange(len(labels)).float())
+    assert index.sample_losses[place].tolist() == place.tolist()
+    assert index.sample_losses[labels == -100].eq(torch.inf).all()
+
+
+def test_another_ignored_label_or_none():
+    _, labels = labelled()
+    index = ClusterIndex(labels, cluster_size=5, ignore_index=7)
+    assert index.classes.tolist() == [-3, 2, 9]
+    assert torch.equal(index.assignments == -1, labels == 7)
+    every = ClusterIndex(torch.tensor([-100, 4, -100]), ignore_index=None)
+    assert every.classes.tolist() == [-100, 4] and every.assignments.tolist() == [0, 1, 0]
+
+
+def test_a_model_may_give_anything_for_ignored_samples(index):
+    features, labels, _ = unlabelled()
+    found = ClusterIndex(labels, cluster_size=5, seed=3)
+    loader = DataLoader(TensorDataset(features, labels), batch_size=7)
+    found.refresh_from(lambda x: x, loader, progress=False)
+    assert torch.equal(found.centroids, index.centroids)
+    features[1] = torch.nan
+    with pytest.raises(ValueError, match="features of batch 0: expected finite .* in row 1"):
+        found.refresh_from(lambda x: x, loader, progress=False)
+
+
+def test_numpy_numbers_and_labels_of_a_tensor(index):
+    assert index.clusters_of(np.int64(7)) == index.clusters_of(torch.tensor(7)) == range(2, 6)
+    assert torch.equal(index.members(np.int32(3)), index.members(3))
+    assert index.cluster_loss(np.uint8(3)) == index.cluster_loss(3)
+    other = ClusterIndex(index.labels, cluster_size=np.int64(5), seed=np.int64(3))
+    other.load_state_dict(index.state_dict())
+
+
 def test_refresh_from_a_model_in_eval_mode():
     features, labels = labelled()
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Dropout())
@@ -132,15 +247,9 @@ def test_files_that_are_none(index, tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="expected a file of clusters"):
         ClusterIndex.load(path)
-    state = {"format": "facelt_ext.ClusterIndex", "version": 1, **index.state_dict()}
-    torch.save({**state, "version": 2}, path)
-    with pytest.raises(ValueError, match="expected version 1, got 2"):
-        ClusterIndex.load(path)
-    torch.save({**state, "assignments": state["assignments"].flip(0)}, path)
-    with pytest.raises(ValueError, match="damaged: .* in a cluster of its class"):
-        ClusterIndex.load(path)
-    torch.save({**state, "assignments": state["assignments"] - 1}, path)
-    with pytest.raises(ValueError, match="damaged: .* a cluster and a loss of each sample"):
+    state = {"format": "facelt_ext.ClusterIndex", "version": 2, **index.state_dict()}
+    torch.save({**state, "version": 3}, path)
+    with pytest.raises(ValueError, match="expected version 2, got 3"):
         ClusterIndex.load(path)
     with pytest.raises(ValueError, match="expected seed 0, got 3"):
         ClusterIndex(index.labels, cluster_size=5).load_state_dict(index.state_dict())
@@ -171,10 +280,17 @@ def test_files_that_are_none(index, tmp_path):
             r"losses: expected shape \[1\]",
         ),
         (
-            lambda i: i.update_losses(torch.tensor([4]), torch.tensor([torch.nan])),
-            ValueError,
-            "losses: expected finite",
+            lambda i: i.update_losses(torch.tensor([4]), torch.tensor([1])),
+            TypeError,
+            "losses: expected a floating dtype, got torch.int64",
         ),
+        (
+            lambda i: i.update_losses(torch.tensor([4]), None),
+            TypeError,
+            "losses: expected a tensor, got None.*DataParallel",
+        ),
+        (lambda i: ClusterIndex(i.labels, ignore_index="a"), TypeError, "ignore_index: expected"),
+        (lambda i: ClusterIndex(i.labels * 0 - 100), ValueError, "labels: .* ignored -100"),
     ],
 )
 def test_wrong_arguments(index, call, error, message):

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from facelt_ext._checks import INTEGER, check_matrix
+from facelt_ext._checks import (
+    FLOATING,
+    INTEGER,
+    LARGEST_INTEGER,
+    check_data,
+    check_matrix,
+    check_number,
+)
 from facelt_ext.types import compute_dtype
 
 Array = Tensor | np.ndarray
@@ -20,17 +27,35 @@ BLOCK_ROWS, BLOCK_COLUMNS = 1 << 10, 1 << 14
 
 def as_tensor(value: Array, name: str) -> Tensor:
     if isinstance(value, np.ndarray):
-        # Read-only arrays, as of files mapped into memory, are copied: chunk by chunk where large.
-        return torch.from_numpy(np.require(value, requirements=["C", "W"]))
+        return _from_numpy(value, name)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor or a NumPy array, got {type(value).__name__}")
-    return value.detach()
+    return check_data(value, name)
+
+
+def _from_numpy(value: np.ndarray, name: str) -> Tensor:
+    """Unsigned integers of more than 8 bits, which torch hardly computes with, become int64."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected an array without a mask, got a masked one")
+    dtype = value.dtype.newbyteorder("=")
+    if dtype.kind == "u" and dtype.itemsize > 1:
+        if value.size and value.max() > LARGEST_INTEGER:
+            raise ValueError(f"{name}: expected integers of 64 bits, got {value.max()}")
+        dtype = np.dtype(np.int64)
+    # Read-only arrays, as of files mapped into memory, are copied: chunk by chunk where large.
+    value = np.require(value.astype(dtype, copy=False), requirements=["C", "W"])
+    if not value.size:
+        # To NumPy any strides of nothing are in order.
+        value = np.empty(value.shape, dtype)
+    try:
+        return torch.from_numpy(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected an array of numbers, got dtype {dtype}") from error
 
 
 def unit_features(value: Array, name: str, dimensions: int | None = None) -> Tensor:
     """Rows of length 1, float64 for float64 and float32 otherwise; rows of zeros stay."""
-    value = as_tensor(value, name)
-    check_matrix(value, name)
+    value = check_matrix(as_tensor(value, name), name)
     if dimensions is not None and value.shape[1] != dimensions:
         raise ValueError(f"{name}: expected {dimensions} dimensions, got {value.shape[1]}")
     value = value.to(compute_dtype(value.dtype))
@@ -72,8 +97,10 @@ def indices(value: Array, name: str, size: int, like: Tensor) -> Tensor:
 def scored_pairs(scores: Array, same: Array) -> tuple[Tensor, Tensor]:
     """Scores floating [P] and same bool [P], with pairs of both kinds."""
     scores, same = as_tensor(scores, "scores"), as_tensor(same, "same")
-    if not scores.is_floating_point():
-        raise TypeError(f"scores: expected a floating dtype, got {scores.dtype}")
+    if scores.dtype not in FLOATING:
+        raise TypeError(
+            f"scores: expected dtype float64, float32, bfloat16 or float16, got {scores.dtype}"
+        )
     if scores.ndim != 1:
         raise ValueError(f"scores: expected shape [pairs], got {list(scores.shape)}")
     if scores.isnan().any():
@@ -96,15 +123,32 @@ def scored_pairs(scores: Array, same: Array) -> tuple[Tensor, Tensor]:
     return scores, same
 
 
-def rates(value: float | Sequence[float], name: str) -> list[float]:
-    """Numbers in [0, 1]."""
-    values = [value] if isinstance(value, int | float) else list(value)
-    for each in values:
-        if not isinstance(each, int | float) or not 0 <= each <= 1:
-            raise ValueError(f"{name}: expected rates in [0, 1], got {each!r}")
+def rates(value: float | Sequence[float] | Array, name: str) -> list[float]:
+    """Numbers in [0, 1]: one, or a tuple, list, array or tensor of them."""
+    if isinstance(value, np.ndarray | Tensor):
+        value = as_tensor(value, name)
+        if value.ndim > 1 or value.dtype not in FLOATING + INTEGER:
+            raise TypeError(
+                f"{name}: expected numbers [n], got {value.dtype} of shape {list(value.shape)}"
+            )
+        value = value.reshape(-1).tolist()
+    values = list(value) if isinstance(value, tuple | list) else [value]
     if not values:
         raise ValueError(f"{name}: expected at least one rate, got none")
-    return [float(each) for each in values]
+    return [rate(each, name) for each in values]
+
+
+def rate(value: float, name: str) -> float:
+    """A number in [0, 1]."""
+    value = check_number(value, name, torch.float64)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected rates in [0, 1], got {value!r}")
+    return float(value)
+
+
+def shuffled(count: int, generator: torch.Generator) -> Tensor:
+    """int64 [count] on the CPU, 0 .. count - 1 in random order."""
+    return torch.randperm(count, generator=generator, device="cpu")
 
 
 def blocks(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, int, Tensor]]:

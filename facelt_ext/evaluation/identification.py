@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from facelt_ext._checks import check_count
+from facelt_ext._autocast import without_autocast
+from facelt_ext._checks import check_count, check_tensor, zeros_of_size
 from facelt_ext.evaluation._arrays import (
     BLOCK_COLUMNS,
     Array,
@@ -35,6 +37,7 @@ class OpenSetPoints(NamedTuple):
     threshold: Tensor
 
 
+@without_autocast
 def identification_ranks(
     gallery: Array,
     gallery_labels: Array,
@@ -65,6 +68,8 @@ def identification_ranks(
             identity is not in the gallery.
     """
     known = _Gallery(gallery, gallery_labels, probes, probe_labels)
+    if distractors is not None:
+        _check_distractors(distractors, known.probes)
     mate, _ = known.best_scores()
     missing = mate == -torch.inf
     if missing.any():
@@ -76,6 +81,7 @@ def identification_ranks(
     return known.ranks(mate) + _count_distractors(known.probes, mate, distractors)
 
 
+@without_autocast
 def distractor_ranks(features: Array, labels: Array, distractors: Array) -> Tensor:
     """Ranks of all pairs of a probe and one mate among distractors, the protocol of MegaFace.
 
@@ -98,6 +104,7 @@ def distractor_ranks(features: Array, labels: Array, distractors: Array) -> Tens
     """
     features = unit_features(features, "features")
     labels = integers(labels, "labels", len(features), features)
+    _check_distractors(distractors, features)
     order = labels.argsort(stable=True)
     sizes = labels.unique(return_counts=True)[1].cpu()
     probe, mate = [], []
@@ -125,23 +132,26 @@ def cmc(ranks: Array, max_rank: int = 20) -> Tensor:
     Returns:
         float64 [max_rank] on the CPU; entry k - 1 is the rank-k identification rate.
     """
-    check_count(max_rank, "max_rank")
+    max_rank = check_count(max_rank, "max_rank")
     ranks = integers(ranks, "ranks").cpu()
     if len(ranks) == 0 or int(ranks.min()) < 1:
         raise ValueError(
             f"ranks: expected at least one, from 1 on, got {len(ranks)}"
             + (f", the least {int(ranks.min())}" if len(ranks) else "")
         )
-    counts = ranks.clamp(max=max_rank + 1).bincount(minlength=max_rank + 2)
-    return counts[1 : max_rank + 1].cumsum(0).double() / len(ranks)
+    counts = zeros_of_size("max_rank", max_rank, dtype=torch.float64)
+    found = ranks[ranks <= max_rank] - 1
+    counts.index_add_(0, found, torch.ones_like(found, dtype=torch.float64))
+    return counts.cumsum_(0).div_(len(ranks))
 
 
+@without_autocast
 def open_set_identification(
     gallery: Array,
     gallery_labels: Array,
     probes: Array,
     probe_labels: Array,
-    far: float | Sequence[float] = 0.01,
+    far: float | Sequence[float] | Array = 0.01,
     rank: int = 1,
 ) -> OpenSetPoints:
     """Detection and identification rate (DIR) at a false accept rate.
@@ -161,7 +171,7 @@ def open_set_identification(
         TypeError, ValueError: wrong types, shapes or ranges; no known or no unknown probe.
     """
     wanted = rates(far, "far")
-    check_count(rank, "rank")
+    rank = check_count(rank, "rank")
     everyone = _Gallery(gallery, gallery_labels, probes, probe_labels)
     mate, best = everyone.best_scores()
     unknown = mate == -torch.inf
@@ -178,7 +188,7 @@ def open_set_identification(
         accepted = float((best > threshold).double().mean())
         detected = int((rightly > threshold).sum())
         points.append((accepted, detected / int((~unknown).sum()), threshold))
-    return OpenSetPoints(*torch.tensor(points, dtype=torch.float64).unbind(1))
+    return OpenSetPoints(*torch.tensor(points, dtype=torch.float64, device="cpu").unbind(1))
 
 
 class _Gallery:
@@ -220,6 +230,16 @@ class _Gallery:
     def _same(self, top: int, left: int, scores: Tensor) -> Tensor:
         rows, columns = scores.shape
         return self.probe_labels[top : top + rows, None] == self.labels[left : left + columns]
+
+
+def _check_distractors(distractors: Array, features: Tensor) -> None:
+    """All but their numbers: those are looked at block by block."""
+    some = distractors
+    if isinstance(some, Tensor):
+        some = check_tensor(some, "distractors")
+    if isinstance(some, np.ndarray | Tensor) and some.ndim == 2:
+        some = some[:0]
+    unit_features(some, "distractors", features.shape[1])
 
 
 def _distractor_blocks(features: Tensor, distractors: Array) -> Iterator[tuple[int, Tensor]]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from facelt_ext._checks import check_count
+from facelt_ext._checks import INTEGER, check_count, check_counts, zeros_of_size
 from facelt_ext.evaluation._arrays import Array, as_tensor, indices, integers
 
 
@@ -71,12 +72,16 @@ def class_accuracy(predicted: Array, labels: Array, num_classes: int) -> Tensor:
     Returns:
         float64 [num_classes] on the CPU, NaN for classes without test images.
     """
-    check_count(num_classes, "num_classes")
+    num_classes = check_count(num_classes, "num_classes")
     predicted = integers(predicted, "predicted")
     labels = integers(labels, "labels", len(predicted), predicted)
     labels = indices(labels, "labels", num_classes, predicted).cpu()
-    right = labels[predicted.cpu() == labels].bincount(minlength=num_classes)
-    return right.double() / labels.bincount(minlength=num_classes)
+    right = zeros_of_size("num_classes", num_classes, dtype=torch.float64)
+    images = torch.zeros_like(right)
+    one = torch.ones_like(labels, dtype=torch.float64)
+    right.index_add_(0, labels, one.where(predicted.cpu() == labels, 0))
+    images.index_add_(0, labels, one)
+    return right.div_(images)
 
 
 def accuracy_by_band(
@@ -97,9 +102,7 @@ def accuracy_by_band(
         one `Band` for each of `minimums`.
     """
     counts = integers(train_counts, "train_counts").cpu()
-    minimums = list(minimums)
-    for each in minimums:
-        check_count(each, "minimums", minimum=0)
+    minimums = check_counts(minimums, "minimums", minimum=0)
     if not minimums or any(a <= b for a, b in pairwise(minimums)):
         raise ValueError(f"minimums: expected one or more numbers, descending, got {minimums}")
     predicted = integers(predicted, "predicted")
@@ -125,7 +128,7 @@ def accuracy_by_band(
 
 def _binary(value: Array, name: str) -> Tensor:
     value = as_tensor(value, name)
-    if value.is_floating_point() or value.is_complex():
+    if value.dtype not in (torch.bool, *INTEGER):
         raise TypeError(f"{name}: expected dtype bool or integers, got {value.dtype}")
     if value.ndim not in (1, 2):
         raise ValueError(f"{name}: expected shape [N] or [N, attributes], got {list(value.shape)}")

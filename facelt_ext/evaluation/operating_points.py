@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from facelt_ext._autocast import without_autocast
 from facelt_ext.evaluation._arrays import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
@@ -62,7 +63,7 @@ class ROC(NamedTuple):
         return float(self.far[end] - back * (self.far[end] - self.far[end - 1]))
 
 
-def tar_at_far(scores: Array, same: Array, far: float | Sequence[float]) -> OperatingPoints:
+def tar_at_far(scores: Array, same: Array, far: float | Sequence[float] | Array) -> OperatingPoints:
     """True accept rate at a false accept rate: the verification rate of a list of pairs.
 
     Of the N pairs of different identities at most floor(far * N) may be accepted. The threshold is
@@ -84,8 +85,9 @@ def tar_at_far(scores: Array, same: Array, far: float | Sequence[float]) -> Oper
     return operating_points(genuine, impostor.topk(kept).values, len(impostor), wanted)
 
 
+@without_autocast
 def all_pairs_tar_at_far(
-    features: Array, labels: Array, far: float | Sequence[float]
+    features: Array, labels: Array, far: float | Sequence[float] | Array
 ) -> OperatingPoints:
     """`tar_at_far` over all unordered pairs of samples, in blocks.
 
@@ -123,6 +125,7 @@ def all_pairs_tar_at_far(
     return operating_points(torch.cat(genuine), hardest, impostors, wanted)
 
 
+@without_autocast
 def all_pairs(features: Array, labels: Array) -> tuple[Tensor, Tensor]:
     """Cosines of all unordered pairs of samples, and which are of the same identity.
 
@@ -161,6 +164,11 @@ def roc(scores: Array, same: Array) -> ROC:
             "the ROC curve needs scikit-learn; pip install 'facelt_ext[evaluation]'"
         ) from error
     scores, same = scored_pairs(scores, same)
+    if scores.isinf().any():
+        position = int(scores.isinf().nonzero()[0])
+        raise ValueError(
+            f"scores: expected finite numbers, got {float(scores[position])} at position {position}"
+        )
     curve = roc_curve(same.cpu().numpy(), scores.to(torch.float64).cpu().numpy())
     return ROC(*(torch.from_numpy(np.ascontiguousarray(each, np.float64)) for each in curve))
 
@@ -174,7 +182,7 @@ def operating_points(
         (float((hardest > t).sum()) / impostors, float((genuine > t).double().mean()), t)
         for t in thresholds
     ]
-    return OperatingPoints(*torch.tensor(points, dtype=torch.float64).unbind(1))
+    return OperatingPoints(*torch.tensor(points, dtype=torch.float64, device="cpu").unbind(1))
 
 
 def accept_threshold(hardest: Tensor, impostors: int, far: float) -> float:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from facelt_ext._checks import check_count
-from facelt_ext.evaluation._arrays import Array, integers
+from facelt_ext._checks import check_count, check_integer, check_path
+from facelt_ext.evaluation._arrays import Array, integers, shuffled
 from facelt_ext.evaluation.verification import consecutive_folds
 
 # Images of a fold, all pairs of which are looked at.
@@ -62,7 +62,9 @@ def read_pairs(path: str | os.PathLike, extension: str = ".jpg") -> PairList:
         ValueError: a line, with its number, that has none of these forms; another number of pairs
             than the first line says; no pairs.
     """
-    path = Path(path)
+    path = Path(check_path(path, "path"))
+    if not isinstance(extension, str):
+        raise TypeError(f"extension: expected a str, got {type(extension).__name__}")
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = [(number, _fields(line)) for number, line in enumerate(lines, 1) if line.strip()]
     header = rows.pop(0)[1] if rows and _is_header(rows[0][1]) else []
@@ -74,9 +76,11 @@ def read_pairs(path: str | os.PathLike, extension: str = ".jpg") -> PairList:
         folds = _fold_numbers(*map(int, header), len(pairs), path)
     if len({fold is None for fold in folds}) > 1:
         raise ValueError(f"{path}: expected a fold in each line or in none")
-    if folds[0] is not None:
-        folds = torch.tensor(folds).unique(return_inverse=True)[1]
-    return PairList(first, second, torch.tensor(same), None if folds[0] is None else folds)
+    same = torch.tensor(same, device="cpu")
+    if folds[0] is None:
+        return PairList(first, second, same, None)
+    folds = torch.tensor(folds, device="cpu").unique(return_inverse=True)[1]
+    return PairList(first, second, same, folds)
 
 
 def draw_pairs(
@@ -98,10 +102,10 @@ def draw_pairs(
     Raises:
         ValueError: fewer than four identities of which two have two images.
     """
-    check_count(num_folds, "num_folds", minimum=2)
-    check_count(pairs_per_fold, "pairs_per_fold")
+    num_folds = check_count(num_folds, "num_folds", minimum=2)
+    pairs_per_fold = check_count(pairs_per_fold, "pairs_per_fold")
     labels = integers(labels, "labels").cpu()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(check_integer(seed, "seed"))
     identities, sizes = labels.unique(return_counts=True)
     several, single = identities[sizes > 1], identities[sizes == 1]
     num_folds = min(num_folds, len(identities) // 2, len(several))
@@ -110,21 +114,19 @@ def draw_pairs(
             f"labels: expected four identities or more, at least two of them with two images, got "
             f"{len(identities)} and {len(several)}"
         )
-    dealt = torch.cat(
-        [part[torch.randperm(len(part), generator=generator)] for part in (several, single)]
-    )
+    dealt = torch.cat([part[shuffled(len(part), generator)] for part in (several, single)])
     found = []
     for fold in range(num_folds):
         members = torch.isin(labels, _some(dealt[fold::num_folds], identities, sizes))
         members = members.nonzero().flatten()
-        first, second = torch.combinations(torch.arange(len(members))).unbind(1)
+        first, second = torch.combinations(torch.arange(len(members), device="cpu")).unbind(1)
         same = labels[members[first]] == labels[members[second]]
         size = min(pairs_per_fold, int(same.sum()), int((~same).sum()))
         for kind in (same, ~same):
             candidates = kind.nonzero().flatten()
-            chosen = candidates[torch.randperm(len(candidates), generator=generator)[:size]]
+            chosen = candidates[shuffled(len(candidates), generator)[:size]]
             ends = members[first[chosen]], members[second[chosen]]
-            found.append((*ends, same[chosen], torch.full((size,), fold)))
+            found.append((*ends, same[chosen], torch.full_like(chosen, fold)))
     return IndexPairs(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from facelt_ext._pictures import new_axes
+from facelt_ext._checks import FLOATING, check_number
+from facelt_ext._pictures import checked_axes
 from facelt_ext.evaluation._arrays import Array, as_tensor, integers
 from facelt_ext.evaluation.operating_points import ROC
 
@@ -26,10 +28,15 @@ def plot_roc(
         lowest_far: where the axis begins; by default at the lowest rate above 0 of a curve, or
             at 0.1.
     """
-    axes = new_axes() if axes is None else axes
+    for name, curve in _checked_mapping(curves, "curves").items():
+        if not isinstance(curve, ROC):
+            raise TypeError(f"curves[{name!r}]: expected an ROC, got {type(curve).__name__}")
+    axes = checked_axes(axes, "axes")
     if lowest_far is None:
         reached = [float(each.far[each.far > 0].min()) for each in curves.values()]
         lowest_far = min([0.1, *reached])
+    elif not 0 < check_number(lowest_far, "lowest_far", torch.float64) < 1:
+        raise ValueError(f"lowest_far: expected a rate in (0, 1), got {lowest_far}")
     for name, curve in curves.items():
         axes.step(curve.far.clamp(min=lowest_far / 10), curve.tar, where="post", label=name)
     axes.set(
@@ -44,9 +51,9 @@ def plot_roc(
 
 def plot_cmc(curves: Mapping[str, Array], axes: Axes | None = None) -> Axes:
     """Identification rates over ranks, for results of `cmc`. Arguments as of `plot_roc`."""
-    axes = new_axes() if axes is None else axes
+    curves = _arrays_of(curves, "curves")
+    axes = checked_axes(axes, "axes")
     for name, rates in curves.items():
-        rates = as_tensor(rates, "curves").cpu()
         axes.plot(range(1, len(rates) + 1), rates, marker="o", markersize=3, label=name)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="rank", ylabel="identification rate")
@@ -67,12 +74,12 @@ def plot_class_size(
         train_counts: integers [C].
         axes: as of `plot_roc`.
     """
-    axes = new_axes() if axes is None else axes
     counts = integers(train_counts, "train_counts").cpu()
-    edges = [1 << power for power in range(int(counts.max()).bit_length())]
-    group = torch.bucketize(counts, torch.tensor(edges), right=True) - 1
+    edges = [1 << power for power in range(int(counts.max()).bit_length() if len(counts) else 0)]
+    group = torch.bucketize(counts, counts.new_tensor(edges), right=True) - 1
+    accuracies = _arrays_of(accuracies, "accuracies", len(counts))
+    axes = checked_axes(axes, "axes")
     for name, values in accuracies.items():
-        values = as_tensor(values, "accuracies").cpu()
         sizes, means = [], []
         for number in range(len(edges)):
             inside = (group == number) & ~values.isnan()
@@ -82,6 +89,28 @@ def plot_class_size(
         axes.plot(sizes, means, marker="o", markersize=3, label=name)
     axes.set(xscale="log", xlabel="training images of the class", ylabel="accuracy", ylim=(0, 1.01))
     return _finish(axes)
+
+
+def _checked_mapping(values: Mapping[str, object], name: str) -> Mapping[str, object]:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{name}: expected a mapping from names, got {type(values).__name__}")
+    return values
+
+
+def _arrays_of(
+    values: Mapping[str, Array], name: str, length: int | None = None
+) -> dict[str, Tensor]:
+    """float64 [length] each, on the CPU."""
+    found = {}
+    for key, each in _checked_mapping(values, name).items():
+        each = as_tensor(each, f"{name}[{key!r}]")
+        if each.dtype not in FLOATING:
+            raise TypeError(f"{name}[{key!r}]: expected a floating dtype, got {each.dtype}")
+        if each.ndim != 1 or (length is not None and len(each) != length):
+            wanted = "n" if length is None else length
+            raise ValueError(f"{name}[{key!r}]: expected shape [{wanted}], got {list(each.shape)}")
+        found[key] = each.double().cpu()
+    return found
 
 
 def _finish(axes: Axes) -> Axes:

@@ -10,10 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facelt_ext._checks import check_count
-from facelt_ext.evaluation._arrays import Array, indices, integers, unit_features
+from facelt_ext._autocast import without_autocast
+from facelt_ext._checks import check_count, check_integer, check_path
+from facelt_ext.evaluation._arrays import (
+    Array,
+    indices,
+    integers,
+    rate,
+    shuffled,
+    unit_features,
+)
 from facelt_ext.evaluation.identification import open_set_identification
 from facelt_ext.evaluation.operating_points import all_pairs_tar_at_far
+
+# Of `random_trials`: a thousand times as many as the benchmark has.
+MOST_TRIALS = 10_000
 
 
 class Trial(NamedTuple):
@@ -50,6 +61,7 @@ class BLUFR(NamedTuple):
         return float(self.identification.mean() - self.identification.std())
 
 
+@without_autocast
 def blufr(
     features: Array,
     labels: Array,
@@ -68,6 +80,7 @@ def blufr(
         features: [N, D], of any lengths, of all images in the order of the list.
         labels: integers [N].
         trials: two or more, from `read_blufr` or `random_trials`.
+        verification_far, identification_far: in [0, 1].
 
     Raises:
         TypeError, ValueError: wrong types, shapes or ranges; fewer than two trials; a trial without
@@ -75,20 +88,39 @@ def blufr(
     """
     features = unit_features(features, "features")
     labels = integers(labels, "labels", len(features), features)
+    verification_far = rate(verification_far, "verification_far")
+    identification_far = rate(identification_far, "identification_far")
+    if not isinstance(trials, tuple | list):
+        raise TypeError(f"trials: expected a list of Trial, got {type(trials).__name__}")
     if len(trials) < 2:
         raise ValueError(f"trials: expected at least two, got {len(trials)}")
     found = []
     for number, trial in enumerate(trials):
-        test, gallery, probes = (
-            indices(value, f"{name} of trial {number}", len(features), features)
-            for name, value in trial._asdict().items()
-        )
-        verified = all_pairs_tar_at_far(features[test], labels[test], verification_far)
-        identified = open_set_identification(
-            features[gallery], labels[gallery], features[probes], labels[probes], identification_far
-        )
+        test, gallery, probes = _checked_trial(trial, f"trials[{number}]", features)
+        try:
+            verified = all_pairs_tar_at_far(features[test], labels[test], verification_far)
+            identified = open_set_identification(
+                features[gallery],
+                labels[gallery],
+                features[probes],
+                labels[probes],
+                identification_far,
+            )
+        except ValueError as error:
+            raise ValueError(f"trials[{number}]: {error}") from error
         found.append((float(verified.tar[0]), float(identified.dir[0])))
-    return BLUFR(*torch.tensor(found, dtype=torch.float64).unbind(1))
+    return BLUFR(*torch.tensor(found, dtype=torch.float64, device="cpu").unbind(1))
+
+
+def _checked_trial(trial: Trial, name: str, features: Tensor) -> Trial:
+    if not isinstance(trial, Trial):
+        raise TypeError(f"{name}: expected a Trial, got {type(trial).__name__}")
+    return Trial(
+        *(
+            indices(value, f"{name}.{field}", len(features), features)
+            for field, value in trial._asdict().items()
+        )
+    )
 
 
 def read_blufr(path: str | os.PathLike) -> tuple[list[str], Tensor, list[Trial]]:
@@ -108,7 +140,7 @@ def read_blufr(path: str | os.PathLike) -> tuple[list[str], Tensor, list[Trial]]
         raise ImportError(
             "reading the trials needs scipy; pip install 'facelt_ext[evaluation]'"
         ) from error
-    content = loadmat(path)
+    content = loadmat(check_path(path, "path"))
     wanted = ("imageList", "labels", "testIndex", "galIndex", "probIndex")
     missing = [name for name in wanted if name not in content]
     if missing:
@@ -131,15 +163,15 @@ def random_trials(labels: Array, num_trials: int = 10, seed: int = 0) -> list[Tr
 
     Args:
         labels: integers [N].
-        num_trials: at least 2.
+        num_trials: in [2, 10000].
         seed: of all draws.
 
     Raises:
         ValueError: fewer than two identities, or none with two images.
     """
     labels = integers(labels, "labels").cpu()
-    check_count(num_trials, "num_trials", minimum=2)
-    generator = torch.Generator().manual_seed(seed)
+    num_trials = check_count(num_trials, "num_trials", minimum=2, maximum=MOST_TRIALS)
+    generator = torch.Generator("cpu").manual_seed(check_integer(seed, "seed"))
     identities, sizes = labels.unique(return_counts=True)
     several = identities[sizes > 1]
     if len(identities) < 2 or len(several) == 0:
@@ -150,13 +182,13 @@ def random_trials(labels: Array, num_trials: int = 10, seed: int = 0) -> list[Tr
     starts = sizes.cumsum(0) - sizes
     trials = []
     for _ in range(num_trials):
-        chosen = several[torch.randperm(len(several), generator=generator)]
+        chosen = several[shuffled(len(several), generator)]
         chosen = chosen[: max(1, len(chosen) // 2)]
-        shuffled = torch.randperm(len(labels), generator=generator)
-        by_identity = shuffled[labels[shuffled].argsort(stable=True)]
+        order = shuffled(len(labels), generator)
+        by_identity = order[labels[order].argsort(stable=True)]
         first = by_identity[starts[torch.searchsorted(identities, chosen)]]
-        others = torch.ones(len(labels), dtype=torch.bool)
+        others = torch.ones_like(labels, dtype=torch.bool)
         others[first] = False
-        everything = torch.arange(len(labels))
+        everything = torch.arange(len(labels), device="cpu")
         trials.append(Trial(everything, first.sort().values, everything[others]))
     return trials

@@ -6,12 +6,20 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from facelt_ext import functional
-from facelt_ext._checks import check_count
-from facelt_ext._model_features import checked_features, device_of, evaluating, with_bar
+from facelt_ext._autocast import without_autocast
+from facelt_ext._checks import check_count, check_flag, check_matrix
+from facelt_ext._model_features import (
+    Rows,
+    batches_of,
+    checked_features,
+    chosen_device,
+    evaluating,
+)
 from facelt_ext.evaluation._arrays import (
     Array,
     as_tensor,
@@ -69,28 +77,32 @@ def embed(
         ImportError: `progress` without tqdm.
         TypeError, ValueError: a batch is not as above; the loader yields nothing.
     """
-    device = device_of(model) if device is None else torch.device(device)
-    features, labels = [], []
+    device, flip = chosen_device(model, device), check_flag(flip, "flip")
+    features, labels = Rows(), Rows()
     with evaluating(model), torch.no_grad():
-        for number, batch in enumerate(with_bar(loader, "features") if progress else loader):
+        for number, batch in enumerate(batches_of(loader, progress, "features")):
             rows, names = checked_features(model, batch, device, number)
             if flip:
                 mirrored = (batch[0].flip(-1), *batch[1:])
-                rows = flip_sum(rows, checked_features(model, mirrored, device, number)[0])
-            features.append(rows)
-            labels.append(names)
-    if not features:
+                # A copy: the model may write its next features where these are.
+                rows = flip_sum(rows.clone(), checked_features(model, mirrored, device, number)[0])
+            features.append(rows, f"model: features of batch {number}")
+            labels.append(names, "")
+    found = features.all()
+    if found is None:
         raise ValueError("loader: expected at least one batch, got none")
-    return unit_features(torch.cat(features), "features"), torch.cat(labels)
+    return unit_features(found, "features"), labels.all().clone()
 
 
+@without_autocast
 def flip_sum(features: Array, mirrored: Array) -> Tensor:
     """The sum of the features of images and of their mirror images, made of length 1.
 
     Args:
         features, mirrored: [N, D], as they leave the model.
     """
-    features, mirrored = as_tensor(features, "features"), as_tensor(mirrored, "mirrored")
+    features = check_matrix(as_tensor(features, "features"), "features")
+    mirrored = check_matrix(as_tensor(mirrored, "mirrored"), "mirrored").to(features.device)
     if mirrored.shape != features.shape:
         raise ValueError(
             f"mirrored: expected shape {list(features.shape)}, that of features, "
@@ -99,6 +111,7 @@ def flip_sum(features: Array, mirrored: Array) -> Tensor:
     return unit_features(features + mirrored, "features + mirrored")
 
 
+@without_autocast
 def mean_templates(features: Array, template: Array, num_templates: int | None = None) -> Tensor:
     """One feature for each video or other set of images: the mean of theirs.
 
@@ -117,10 +130,17 @@ def mean_templates(features: Array, template: Array, num_templates: int | None =
     """
     features = unit_features(features, "features")
     template = integers(template, "template", len(features), features)
+    if len(template) == 0:
+        raise ValueError("template: expected at least one image, got none")
     if num_templates is None:
-        num_templates = int(template.max()) + 1 if len(template) else 0
-    check_count(num_templates, "num_templates")
+        num_templates = int(template.max()) + 1
+    else:
+        num_templates = check_count(num_templates, "num_templates")
     template = indices(template, "template", num_templates, features)
+    if num_templates > len(template):
+        raise ValueError(
+            f"template: expected images of each of {num_templates} sets, got {len(template)} in all"
+        )
     means = functional.class_centroids(features, template, max_classes=num_templates)
     if (means.counts == 0).any():
         present = torch.zeros(num_templates, dtype=torch.bool, device=template.device)
@@ -132,6 +152,7 @@ def mean_templates(features: Array, template: Array, num_templates: int | None =
     return unit_features(means.centroids, "features")
 
 
+@without_autocast
 def pair_scores(features: Array, first: Array, second: Array) -> Tensor:
     """The cosine of the two features of each pair, in chunks.
 
@@ -191,21 +212,21 @@ def fold_accuracy(scores: Array, same: Array, folds: int | Array = 10) -> FoldAc
         float(found.mean()),
         float(found.std()),
         found,
-        torch.tensor(thresholds, dtype=torch.float64),
+        torch.tensor(thresholds, dtype=torch.float64, device="cpu"),
     )
 
 
 def consecutive_folds(pairs: int, folds: int) -> Tensor:
     """int64 [pairs], the number of the run that each is in; the first ones may be one longer."""
-    runs = torch.arange(pairs).tensor_split(folds)
+    runs = torch.arange(pairs, device="cpu").tensor_split(folds)
     return torch.cat([torch.full_like(run, number) for number, run in enumerate(runs)])
 
 
 def best_threshold(scores: Tensor, same: Tensor) -> float:
     """The threshold, half way between scores, above which most pairs are told rightly."""
     values, number = scores.unique(return_inverse=True)
-    gain = torch.zeros(len(values), dtype=torch.int64)
-    gain.index_add_(0, number, torch.where(same, 1, -1))
+    gain = torch.zeros_like(values, dtype=torch.int64)
+    gain.index_add_(0, number, 2 * same.long() - 1)
     # Entry i: what accepting the i highest values brings over accepting none.
     gain = torch.cat([gain.new_zeros(1), gain.flip(0).cumsum(0)])
     accepted = int(gain.argmax())
@@ -219,8 +240,8 @@ def best_threshold(scores: Tensor, same: Tensor) -> float:
 
 
 def _fold_of_each(folds: int | Array, scores: Tensor) -> Tensor:
-    if isinstance(folds, int):
-        check_count(folds, "folds", minimum=2)
+    if not isinstance(folds, np.ndarray | Tensor):
+        folds = check_count(folds, "folds", minimum=2)
         if folds > len(scores):
             raise ValueError(
                 f"folds: expected at most one for each of {len(scores)} pairs, got {folds}"
