@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,8 @@ from facelt_ext.types import DomainFrequency, compute_dtype
 
 # Classes that a step looks at besides its batch's, in rotation, for the mean of epsilon="auto".
 PROBES = 32
+# Its numbers are worth nothing after a change of one of these.
+WHAT_IC_DEPENDS_ON = ("k", "scale", "indicator_scale")
 # Steps of which a backward may run the forward again, under activation checkpointing.
 REMEMBERED = 64
 
@@ -116,14 +120,24 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         if hasattr(self, "cursor"):
             self._forget()
 
+    def __setattr__(self, name, value):
+        changes = name in WHAT_IC_DEPENDS_ON and hasattr(self, "compactness")
+        before = self._ic_depends_on() if changes else None
+        super().__setattr__(name, value)
+        if changes and self._ic_depends_on() != before:
+            self.compactness.fill_(torch.nan)
+
+    def _ic_depends_on(self) -> str:
+        """As text: what a number is compared with may be anything."""
+        scale = self.scale if self.indicator_scale is None else self.indicator_scale
+        return f"{self.k}, {scale}"
+
     def _forget(self) -> None:
         """As before the first step."""
         self.compactness.fill_(torch.nan)
         self.cursor.zero_()
-        # k and scale of `compactness`; None: what they are at the next step.
-        self._seen_with: tuple[int, float] | None = None
         # The mean of the last steps, by where their labels lie.
-        self._means: dict[tuple[int, int, int], Tensor] = {}
+        self._means: OrderedDict[tuple[int, int, int], Tensor] = OrderedDict()
         # The state of `compactness` in which evaluation found all classes.
         self._complete: tuple[int, int] | None = None
 
@@ -202,7 +216,6 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
 
     def _renewed(self, classes: Tensor) -> Tensor:
         """IC of the classes; it and that of the next probes are kept."""
-        self._start_anew_if_changed()
         cursor = self._kept_on("cursor", classes.device)
         probes = (cursor + torch.arange(PROBES, device=classes.device)) % len(self.weight)
         looked_at = torch.cat([classes, probes])
@@ -211,12 +224,6 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         self.compactness[looked_at] = compactness.to(self.compactness.dtype)
         cursor.add_(PROBES)
         return compactness[: classes.shape[0]]
-
-    def _start_anew_if_changed(self) -> None:
-        seen_with = (self.k, self._scale_of_compactness())
-        if self._seen_with not in (None, seen_with):
-            self.compactness.fill_(torch.nan)
-        self._seen_with = seen_with
 
     def _mean(self, compactness: Tensor, labels: Tensor) -> Tensor:
         """The mean of what is known, or, while that is nothing, of the batch's own."""
@@ -233,10 +240,11 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         where = labels.untyped_storage()._cdata, labels.storage_offset(), labels.numel()
         if not is_step():
             return self._means.get(where, mean)
+        # Replicas of DataParallel share this: each of these is one step to other threads.
         self._means.pop(where, None)
         self._means[where] = mean
         if len(self._means) > REMEMBERED:
-            del self._means[next(iter(self._means))]
+            self._means.popitem(last=False)
         return mean
 
     def _complete_compactness(self) -> None:
@@ -259,12 +267,6 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         if known < classes:
             compactness[:known] = self.compactness
         self.compactness = compactness
-
-    def _replicate_for_data_parallel(self):
-        # What replicas note of themselves is lost.
-        if self._renews():
-            self._start_anew_if_changed()
-        return super()._replicate_for_data_parallel()
 
     def _apply(self, fn, recurse=True):
         """IC stays in the compute dtype where the weight becomes half."""
@@ -289,8 +291,6 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
             device = getattr(weight, "device", None)
             state_dict[name] = torch.full_like(self.compactness, torch.nan, device=device)
             state_dict[prefix + "cursor"] = torch.zeros((), dtype=torch.int64, device="cpu")
-        if name in state_dict:
-            self._seen_with = None
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if local_metadata.get("assign_to_params_buffers", False):
             # Of its own dtype, and not the checkpoint's memory, which steps would change.
