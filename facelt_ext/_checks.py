@@ -217,3 +217,8 @@ def check_class_range(index: Tensor, name: str, classes: int, ignore_index: int 
             f"{name}: expected numbers in [0, {classes}){allowed}, got {int(index[position])} "
             f"at position {position}"
         )
+
+
+def check_ignore_index(value: int | None) -> int | None:
+    """A label whose samples take no part; None: there is none."""
+    return None if value is None else check_integer(value, "ignore_index")

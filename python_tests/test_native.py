@@ -17,7 +17,7 @@ def grouping(labels: torch.Tensor, **changed: torch.Tensor) -> None:
         "num_classes": torch.empty(1, dtype=torch.int64),
         **changed,
     }
-    _C.cpu.group_labels(labels, *outputs.values(), torch.empty(0, dtype=torch.uint8), 1)
+    _C.cpu.group_labels(labels, -100, *outputs.values(), torch.empty(0, dtype=torch.uint8), 1)
 
 
 LABELS = torch.tensor([3, 1, 3])

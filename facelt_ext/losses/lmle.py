@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from facelt_ext._checks import check_count
+from facelt_ext._checks import check_count, check_ignore_index
 from facelt_ext.functional import quintuplet_loss
 from facelt_ext.functional.quintuplets import check_margins
 from facelt_ext.losses._cluster_batch import checked_cluster_batch
@@ -22,15 +22,24 @@ class LMLELoss(nn.Module):
     Args:
         margins: g1, g2 and g3, in squared distances, which are at most 4.
         samples_per_cluster: samples of each cluster in a batch.
+        ignore_index: samples with this label take no part, and their gradient is 0; a cluster may
+            hold some of them, or be made of them. None: every label is a class.
 
-    Both may be changed between steps.
+    All may be changed between steps.
     """
 
-    def __init__(self, margins: Sequence[float], *, samples_per_cluster: int = 20) -> None:
+    def __init__(
+        self,
+        margins: Sequence[float],
+        *,
+        samples_per_cluster: int = 20,
+        ignore_index: int | None = -100,
+    ) -> None:
         super().__init__()
         check_count(samples_per_cluster, "samples_per_cluster")
         self.margins = check_margins(margins, torch.float32)
         self.samples_per_cluster = samples_per_cluster
+        self.ignore_index = check_ignore_index(ignore_index)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """features [B, D] and integer labels [B] -> the loss, [].
@@ -41,10 +50,17 @@ class LMLELoss(nn.Module):
             TypeError, ValueError: an argument of the wrong type, dtype, shape or device; B is no
                 multiple of `samples_per_cluster`.
         """
-        units, labels, cluster_index = checked_cluster_batch(
-            features, labels, self.samples_per_cluster
+        batch = checked_cluster_batch(features, labels, self.samples_per_cluster, self.ignore_index)
+        return quintuplet_loss(
+            batch.units,
+            batch.labels,
+            batch.cluster_index,
+            margins=self.margins,
+            ignore_index=self.ignore_index,
         )
-        return quintuplet_loss(units, labels, cluster_index, margins=self.margins)
 
     def extra_repr(self) -> str:
-        return f"margins={self.margins}, samples_per_cluster={self.samples_per_cluster}"
+        return (
+            f"margins={self.margins}, samples_per_cluster={self.samples_per_cluster}, "
+            f"ignore_index={self.ignore_index}"
+        )

@@ -3,6 +3,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from facelt_ext import functional
+from facelt_ext._checks import check_ignore_index
 
 
 class RangeLoss(nn.Module):
@@ -21,6 +22,7 @@ class RangeLoss(nn.Module):
         alpha: float = 1e-5,
         beta: float = 1e-4,
         squared: bool = True,
+        ignore_index: int | None = -100,
     ) -> None:
         super().__init__()
         self.k = k
@@ -28,9 +30,13 @@ class RangeLoss(nn.Module):
         self.alpha = alpha
         self.beta = beta
         self.squared = squared
+        self.ignore_index = check_ignore_index(ignore_index)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """features [B, D] and integer labels [B] -> the loss, []."""
+        """features [B, D] and integer labels [B] -> the loss, [].
+
+        Samples labeled `ignore_index` take no part, and their gradient is 0.
+        """
         return functional.range_loss(
             features,
             labels,
@@ -39,10 +45,11 @@ class RangeLoss(nn.Module):
             alpha=self.alpha,
             beta=self.beta,
             squared=self.squared,
+            ignore_index=self.ignore_index,
         )
 
     def extra_repr(self) -> str:
         return (
             f"k={self.k}, margin={self.margin}, alpha={self.alpha}, beta={self.beta}, "
-            f"squared={self.squared}"
+            f"squared={self.squared}, ignore_index={self.ignore_index}"
         )
