@@ -32,7 +32,7 @@ struct ClusterMarginState {
   A* gradient;       // [B, M] of the loss by the inner products of samples and centroids
   A* centroids;      // [M, D] zeros where a cluster has no sample
   A* inverse_norms;  // [M] of the means, ones if centroids are not normalized
-  A* sizes;          // [M] numbers of samples
+  A* sizes;          // [M + 1] numbers of samples, then the ticket's place
   unsigned* ticket;  // CUDA's, for the block that comes last
   A* taking_part;    // [1] how many samples are not ignored
 };

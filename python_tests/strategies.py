@@ -26,8 +26,8 @@ class Batch:
 
 @st.composite
 def label_batches(draw: st.DrawFn, max_size: int = 70) -> Tensor:
-    """From one class to all single, evenly or Zipf-spread, negative and with gaps, shuffled; now and
-    then some samples are ignored, or all."""
+    """From one class to all single, evenly or Zipf-spread, negative and with gaps, shuffled; at
+    times some samples are ignored, or all."""
     size = draw(st.integers(0, max_size))
     classes = draw(st.sampled_from([1, 2, 3, 8, max(1, size)]))
     exponent = draw(st.sampled_from([0.0, 1.0, 2.0]))

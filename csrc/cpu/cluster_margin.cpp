@@ -35,9 +35,10 @@ const std::int64_t* checked_clusters(const TensorView& view, std::int64_t batch,
   for (std::int64_t i = 0; i < batch; ++i) {
     if (index[i] >= 0 && index[i] < clusters) continue;
     if (ignored.marks(index[i]) && clusters > 0) continue;
+    const std::string allowed = ignored.given ? " or " + std::to_string(ignored.label) : "";
     throw std::invalid_argument("cluster_index: expected numbers in [0, " +
-                                std::to_string(clusters) + "), got " + std::to_string(index[i]) +
-                                " at position " + std::to_string(i));
+                                std::to_string(clusters) + ")" + allowed + ", got " +
+                                std::to_string(index[i]) + " at position " + std::to_string(i));
   }
   return index;
 }

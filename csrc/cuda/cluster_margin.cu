@@ -60,7 +60,7 @@ __global__ void centroids_kernel(Batch<A> b) {
     ++taking_part;
   }
   if (m == 0 && threadIdx.x == 0) {
-    *b.state.ticket = 0;
+    b.state.sizes[b.clusters] = A(0);
     *b.state.taking_part = static_cast<A>(taking_part);
   }
   if (m >= b.clusters) return;
