@@ -195,9 +195,7 @@ def test_debug_checks_find_an_index_out_of_range(place):
     case.cluster_index[5] = 4
     facelt_ext.debug_checks(True)
     try:
-        with pytest.raises(
-            ValueError, match=r"cluster_index: .* \[0, 4\) or -100, got 4 at position 5"
-        ):
+        with pytest.raises(ValueError, match=r"cluster_index: .* 4\) or -100, got 4 at position 5"):
             run(place, case)
     finally:
         facelt_ext.debug_checks(False)
