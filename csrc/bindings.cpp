@@ -16,6 +16,7 @@
 namespace py = pybind11;
 using facelt::ClusterMarginOptions;
 using facelt::Execution;
+using facelt::IgnoredLabel;
 using facelt::MarginSoftmaxOptions;
 using facelt::QuintupletOptions;
 using facelt::RangeLossOptions;
@@ -113,28 +114,34 @@ struct type_caster<Execution> {
 // A number that is one of `Reduction`.
 inline bool is_reduction(int reduction) { return reduction >= 0 && reduction <= 2; }
 
-// (g1, g2, g3, reduction)
+// A label, or none.
+using Ignored = std::optional<std::int64_t>;
+
+// (g1, g2, g3, reduction, ignored)
 template <>
 struct type_caster<QuintupletOptions> {
-  PYBIND11_TYPE_CASTER(QuintupletOptions, const_name("tuple[float, float, float, int]"));
+  PYBIND11_TYPE_CASTER(QuintupletOptions,
+                       const_name("tuple[float, float, float, int, int | None]"));
 
   bool load(handle source, bool) {
-    const auto [g1, g2, g3, reduction] = py::cast<std::tuple<double, double, double, int>>(source);
+    const auto [g1, g2, g3, reduction, ignored] =
+        py::cast<std::tuple<double, double, double, int, Ignored>>(source);
     if (!is_reduction(reduction)) return false;
-    value = {{g1, g2, g3}, static_cast<facelt::Reduction>(reduction)};
+    value = {{g1, g2, g3}, static_cast<facelt::Reduction>(reduction), IgnoredLabel(ignored)};
     return true;
   }
 };
 
-// (k, margin, alpha, beta, squared)
+// (k, margin, alpha, beta, squared, ignored)
 template <>
 struct type_caster<RangeLossOptions> {
-  PYBIND11_TYPE_CASTER(RangeLossOptions, const_name("tuple[int, float, float, float, bool]"));
+  PYBIND11_TYPE_CASTER(RangeLossOptions,
+                       const_name("tuple[int, float, float, float, bool, int | None]"));
 
   bool load(handle source, bool) {
-    const auto [k, margin, alpha, beta, squared] =
-        py::cast<std::tuple<std::int64_t, double, double, double, bool>>(source);
-    value = {k, margin, alpha, beta, squared};
+    const auto [k, margin, alpha, beta, squared, ignored] =
+        py::cast<std::tuple<std::int64_t, double, double, double, bool, Ignored>>(source);
+    value = {k, margin, alpha, beta, squared, IgnoredLabel(ignored)};
     return true;
   }
 };
@@ -155,16 +162,18 @@ struct type_caster<MarginSoftmaxOptions> {
   }
 };
 
-// (between_margin, within_margin, normalize, reduction)
+// (between_margin, within_margin, normalize, reduction, ignored)
 template <>
 struct type_caster<ClusterMarginOptions> {
-  PYBIND11_TYPE_CASTER(ClusterMarginOptions, const_name("tuple[float, float, bool, int]"));
+  PYBIND11_TYPE_CASTER(ClusterMarginOptions,
+                       const_name("tuple[float, float, bool, int, int | None]"));
 
   bool load(handle source, bool) {
-    const auto [between, within, normalize, reduction] =
-        py::cast<std::tuple<double, double, bool, int>>(source);
+    const auto [between, within, normalize, reduction, ignored] =
+        py::cast<std::tuple<double, double, bool, int, Ignored>>(source);
     if (!is_reduction(reduction)) return false;
-    value = {between, within, normalize, static_cast<facelt::Reduction>(reduction)};
+    value = {between, within, normalize, static_cast<facelt::Reduction>(reduction),
+             IgnoredLabel(ignored)};
     return true;
   }
 };

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "cluster_margin.h"
+#include "ignored_label.h"
 #include "margin.h"
 #include "quintuplets.h"
 #include "tensor_view.h"
@@ -22,6 +23,7 @@ struct RangeLossOptions {
   double alpha;
   double beta;
   bool squared;
+  IgnoredLabel ignored;
 };
 
 // The checks that every backend makes of what no pointer shows.

@@ -2,6 +2,7 @@
 // the backward; the same on host and device.
 #pragma once
 
+#include "ignored_label.h"
 #include "reduction.h"
 #include "selection.h"
 
@@ -10,11 +11,15 @@ namespace facelt {
 struct QuintupletOptions {
   double margins[3];
   Reduction reduction;
+  IgnoredLabel ignored;
 };
 
 // The farthest of its cluster, the nearest of its class in another cluster, the farthest of its
 // class, the nearest of another class.
 enum Neighbor { kClusterFarthest, kClassNearest, kClassFarthest, kOtherNearest, kNeighbors };
+
+// In place of its neighbors: the sample is ignored.
+constexpr std::int64_t kIgnoredSample = -2;
 
 FACELT_HOST_DEVICE bool is_farthest(int neighbor) {
   return neighbor == kClusterFarthest || neighbor == kClassFarthest;
@@ -67,10 +72,14 @@ FACELT_HOST_DEVICE Hinges<A> quintuplet_hinges(const Candidate<A>* found, const 
 
 template <class A>
 struct QuintupletState {
-  std::int64_t* neighbors;  // [B, 4] samples, or -1
+  std::int64_t* neighbors;  // [B, 4] samples, -1 for none, or kIgnoredSample
   A* slopes;                // [B, 4] of the anchor's loss by their squared distances
   A* anchors;               // [1] how many have a hinge
   A* poison;                // [1] 0, or NaN where a feature is not finite
+
+  FACELT_HOST_DEVICE A poison_of(std::int64_t sample) const {
+    return neighbors[sample * kNeighbors] == kIgnoredSample ? A(0) : *poison;
+  }
 };
 
 template <class A>

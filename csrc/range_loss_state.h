@@ -8,7 +8,7 @@ namespace facelt {
 
 template <class A>
 struct RangeLossState {
-  std::int64_t* segment;  // [B] the class of each sample
+  std::int64_t* segment;  // [B] the class of each sample, -1 for an ignored one
   std::int64_t* offsets;  // [B + 1] where each class starts in the sorted batch
   std::int64_t* pairs;    // [B, k, 2] the samples of each class's ranges, -1 where there is none
   std::int64_t* center_pair;  // [2] the two nearest classes, or -1

@@ -287,3 +287,8 @@ def zeros_of_size(name: str, *sizes: int, dtype: torch.dtype) -> Tensor:
             f"{name}: expected sizes of a tensor that fits into memory, got "
             f"{' x '.join(map(str, sizes))}"
         ) from error
+
+
+def check_ignore_index(value: int | None) -> int | None:
+    """A label whose samples take no part; None: there is none."""
+    return None if value is None else check_integer(value, "ignore_index")

@@ -11,9 +11,11 @@ from torch import Tensor
 class Groups(NamedTuple):
     """A batch of B labels put into classes, classes in ascending label order.
 
-    order: int64 [B], the sample at each sorted position (a stable sort by label).
-    segment: int64 [B], the class of each sample, in [0, C).
-    offsets: int64 [B + 1], where each class starts in `order`; B from entry C on.
+    order: int64 [B], the sample at each sorted position (a stable sort by label), ignored ones
+        last.
+    segment: int64 [B], the class of each sample, in [0, C), or -1 for an ignored one.
+    offsets: int64 [B + 1], where each class starts in `order`; from entry C on the number of
+        samples that are not ignored.
     num_classes: int64 [1], C.
     """
 

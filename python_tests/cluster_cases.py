@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
+from literal import IGNORED
 from softmax_cases import assert_within
 from torch import Tensor
 
@@ -48,7 +49,12 @@ class Case:
         return bool(self.options.get("normalize_centroids", False))
 
     def counts(self) -> Tensor:
-        return torch.bincount(self.cluster_index, minlength=len(self.cluster_class))
+        kept = self.cluster_index[self.taking_part]
+        return torch.bincount(kept, minlength=len(self.cluster_class))
+
+    @property
+    def taking_part(self) -> Tensor:
+        return self.cluster_index != IGNORED
 
 
 def random_case(
@@ -74,7 +80,7 @@ def random_case(
 @st.composite
 def cases(draw: st.DrawFn, max_batch: int = 40, most: int = 40) -> Case:
     """From one cluster to more than have samples; from one class to one for each; clusters of many
-    samples and of one."""
+    samples and of one; now and then some samples are ignored, or all."""
     batch = draw(st.integers(0, max_batch))
     clusters = draw(st.sampled_from([1, 2, 3, 5, 12, 33, 40]).map(lambda m: min(m, most)))
     case = random_case(
@@ -95,6 +101,9 @@ def cases(draw: st.DrawFn, max_batch: int = 40, most: int = 40) -> Case:
         case.cluster_index = clusters - 1 - case.cluster_index % -(-clusters // 3)
     elif spread == "single":
         case.cluster_index = torch.arange(batch).flip(0) % clusters
+    ignored = draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))
+    generator = torch.Generator().manual_seed(clusters)
+    case.cluster_index[torch.rand(batch, generator=generator) < ignored] = IGNORED
     if draw(st.booleans()):
         generator = torch.Generator().manual_seed(batch)
         case.features *= 4 * torch.rand(batch, 1, dtype=torch.float64, generator=generator)
@@ -104,8 +113,8 @@ def cases(draw: st.DrawFn, max_batch: int = 40, most: int = 40) -> Case:
 
 
 def means_of(case: Case) -> Tensor:
-    x = case.features.double()
-    sums = x.new_zeros(len(case.cluster_class), x.shape[1]).index_add(0, case.cluster_index, x)
+    x, index = case.features[case.taking_part].double(), case.cluster_index[case.taking_part]
+    sums = x.new_zeros(len(case.cluster_class), x.shape[1]).index_add(0, index, x)
     return sums / case.counts().clamp(min=1)[:, None]
 
 
@@ -199,7 +208,9 @@ def assert_losses_and_grad(
     factor = torch.ones_like(norms) if case.sample_weight is None else case.sample_weight.double()
     common = factor * case.upstream.double().abs() * (1 + similarity)
     counts = case.counts().clamp(min=1)
-    shared = 2 * (common * norms).sum() * (steepness * blur / counts)[case.cluster_index]
+    shared = (
+        2 * (common * norms).sum() * (steepness * blur / counts)[case.cluster_index.clamp(min=0)]
+    )
     assert_within("losses", actual[0], expected[0], factor * (1 + 2 * similarity), dtype, 1)
     by_x = (2 * common * centroid * blur + shared)[:, None].expand_as(case.features)
     assert_within("gradient", actual[1], expected[1], by_x, dtype, 1)

@@ -10,12 +10,15 @@ from itertools import combinations
 import numpy as np
 
 Array = np.ndarray
+# Samples with this label take no part.
+IGNORED = -100
 
 
 def members_of(labels: Array) -> dict[int, list[int]]:
     members: dict[int, list[int]] = {}
     for i, label in enumerate(labels.tolist()):
-        members.setdefault(label, []).append(i)
+        if label != IGNORED:
+            members.setdefault(label, []).append(i)
     return dict(sorted(members.items()))
 
 

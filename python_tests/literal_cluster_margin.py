@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from literal import Array, members_of
+from literal import IGNORED, Array, members_of
 
 
 def cluster_margin_loss(
@@ -26,6 +26,8 @@ def cluster_margin_loss(
     by_centroid = {m: np.zeros_like(mean) for m, mean in means.items()}
     exceedings = []
     for i, m in enumerate(cluster_index.tolist()):
+        if m == IGNORED:
+            continue
         others = [k for k in members if k != m]
         same = [k for k in others if cluster_class[k] == cluster_class[m]]
         different = [k for k in others if cluster_class[k] != cluster_class[m]]

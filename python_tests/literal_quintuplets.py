@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from literal import Array, squared_distance
+from literal import IGNORED, Array, squared_distance
 
 
 def quintuplet(x: Array, labels: Array, clusters: Array, anchor: int) -> list[int | None]:
     """p+, p-, p-- and n of an anchor, the first in the batch of equally distant ones."""
-    distance = {j: squared_distance(x[anchor], x[j]) for j in range(len(x)) if j != anchor}
+    others = [j for j in range(len(x)) if j != anchor and labels[j] != IGNORED]
+    distance = {j: squared_distance(x[anchor], x[j]) for j in others}
     same_class = [j for j in distance if labels[j] == labels[anchor]]
     same_cluster = [j for j in same_class if clusters[j] == clusters[anchor]]
     other_cluster = [j for j in same_class if clusters[j] != clusters[anchor]]
@@ -33,6 +34,8 @@ def quintuplet_loss(
     losses, grad = np.zeros(len(x)), np.zeros_like(x)
     with_hinge, exceedings = np.zeros(len(x), dtype=bool), []
     for i in range(len(x)):
+        if labels[i] == IGNORED:
+            continue
         found = quintuplet(x, labels, clusters, i)
         for margin, near, far in zip(margins, found[:-1], found[1:], strict=True):
             if near is None or far is None:

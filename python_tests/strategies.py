@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from literal import IGNORED
 from torch import Tensor
 
 # (atol, rtol) of values and gradients; half types are judged against the float64 truth instead.
@@ -25,7 +26,8 @@ class Batch:
 
 @st.composite
 def label_batches(draw: st.DrawFn, max_size: int = 70) -> Tensor:
-    """From one class to all single, evenly or Zipf-spread, negative and with gaps, shuffled."""
+    """From one class to all single, evenly or Zipf-spread, negative and with gaps, shuffled; at
+    times some samples are ignored, or all."""
     size = draw(st.integers(0, max_size))
     classes = draw(st.sampled_from([1, 2, 3, 8, max(1, size)]))
     exponent = draw(st.sampled_from([0.0, 1.0, 2.0]))
@@ -34,7 +36,9 @@ def label_batches(draw: st.DrawFn, max_size: int = 70) -> Tensor:
     ranks = rng.choice(classes, size, p=weights / weights.sum())
     names = rng.choice(np.array([-(2**62), -7, -1, 0, 1, 2, 1000, 2**62]), 8, replace=False)
     values = np.concatenate([names, np.arange(100, 100 + classes)])[:classes]
-    return torch.from_numpy(values[ranks].astype(np.int64))
+    labels = values[ranks].astype(np.int64)
+    labels[rng.random(size) < draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))] = IGNORED
+    return torch.from_numpy(labels)
 
 
 @st.composite

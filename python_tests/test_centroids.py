@@ -25,6 +25,7 @@ def test_centroids_agree_with_literal_loops(any_place, batch, data):
     members = literal.members_of(batch.labels.numpy())
     assert result.classes.tolist() == list(members)
     assert result.counts.tolist() == [len(m) for m in members.values()]
+    assert not grad[batch.labels.to(any_place.device) == literal.IGNORED].any()
     for row, (centroid, m) in enumerate(zip(expected, members.values(), strict=True)):
         scale = float(batch.features.abs().max())
         assert_close(result.centroids[row].detach(), torch.from_numpy(centroid), dtype, scale)

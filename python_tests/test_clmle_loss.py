@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from literal import IGNORED
 from literal_cluster_margin import cluster_margin_loss, unit
 
 from facelt_ext import CLMLELoss
@@ -24,20 +25,30 @@ def batch(seed: int = 0, dimensions: int = 4) -> tuple[torch.Tensor, torch.Tenso
 
 
 def literal_weights(labels: torch.Tensor) -> np.ndarray:
-    names = labels.tolist()
-    classes = len(set(names))
-    return np.array([len(names) / (classes * names.count(name)) for name in names])
+    """Of the samples that take part; 0 for others."""
+    kept = [name for name in labels.tolist() if name != IGNORED]
+    weights = {name: len(kept) / (len(set(kept)) * kept.count(name)) for name in set(kept)}
+    return np.array([weights.get(name, 0) for name in labels.tolist()])
 
 
+# None; one, which is its cluster's first or not; all but one of a class; a cluster and one sample
+# more; a class.
+IGNORED_SAMPLES = [[], [4], [3], [1, 9, 10], [0, 1, 2, 7], [3, 4, 5, 15, 16, 17]]
+
+
+@pytest.mark.parametrize("ignored", IGNORED_SAMPLES)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("cost_sensitive", [False, True])
-def test_agrees_with_literal_loops(place, cost_sensitive, normalize):
+def test_agrees_with_literal_loops(any_place, cost_sensitive, normalize, ignored):
     x, labels = batch()
-    weights = literal_weights(labels) if cost_sensitive else np.ones(len(labels))
+    labels[ignored] = IGNORED
+    kept = (labels != IGNORED).numpy()
+    weights = literal_weights(labels) if cost_sensitive else kept.astype(float)
     units = np.array([unit(row) for row in x.numpy()])
-    upstream = 1.7 * weights / len(labels)
+    upstream = 1.7 * weights / kept.sum()
+    clusters = np.where(kept, np.arange(len(labels)) // SIZE, IGNORED)
     losses, by_unit, _ = cluster_margin_loss(
-        units, np.arange(len(labels)) // SIZE, np.array(CLASSES), 0.6, 0.2, normalize, upstream
+        units, clusters, np.array(CLASSES), 0.6, 0.2, normalize, upstream
     )
     norms = np.linalg.norm(x.numpy(), axis=1, keepdims=True)
     along = (by_unit * units).sum(1, keepdims=True)
@@ -45,11 +56,11 @@ def test_agrees_with_literal_loops(place, cost_sensitive, normalize):
         0.6, 0.2, samples_per_cluster=SIZE, cost_sensitive=cost_sensitive,
         normalize_centroids=normalize,
     )  # fmt: skip
-    moved = x.to(place.device).requires_grad_()
-    with place.run():
-        value = loss(moved, labels.to(place.device))
-        value.backward(torch.tensor(1.7, dtype=torch.float64, device=place.device))
-    assert math.isclose(value.item(), float((weights * losses).mean()), rel_tol=1e-9)
+    moved = x.to(any_place.device).requires_grad_()
+    with any_place.run():
+        value = loss(moved, labels.to(any_place.device))
+        value.backward(torch.tensor(1.7, dtype=torch.float64, device=any_place.device))
+    assert math.isclose(value.item(), float((weights * losses).sum()) / kept.sum(), rel_tol=1e-9)
     assert not loss.sample_losses.requires_grad
     np.testing.assert_allclose(loss.sample_losses.cpu(), losses, rtol=1e-8, atol=1e-10)
     expected = (by_unit - along * units) / norms
@@ -57,13 +68,31 @@ def test_agrees_with_literal_loops(place, cost_sensitive, normalize):
     assert np.count_nonzero(losses) > 0
 
 
-def test_every_class_weighs_alike():
-    _, labels = batch()
+@pytest.mark.parametrize("ignored", IGNORED_SAMPLES)
+def test_every_class_weighs_alike(ignored):
+    x, labels = batch()
+    labels[ignored] = IGNORED
     loss = CLMLELoss(0.6, 0.2, samples_per_cluster=SIZE)
-    weights = loss._weights(labels[::SIZE], torch.float64)
-    np.testing.assert_allclose(weights, literal_weights(labels), rtol=1e-12)
-    for name in set(CLASSES):
-        assert math.isclose(weights[labels == name].sum(), len(labels) / len(set(CLASSES)))
+    value = loss(x, labels).item()
+    names = set(labels.tolist()) - {IGNORED}
+    means = [loss.sample_losses[labels == name].mean().item() for name in names]
+    assert math.isclose(value, sum(means) / len(means), rel_tol=1e-12)
+    assert not loss.sample_losses[labels == IGNORED].any()
+
+
+def test_the_class_of_a_cluster_is_that_of_its_first_sample_that_takes_part(any_place):
+    """A later sample of another class, which a batch of whole clusters does not have, is counted
+    with it."""
+    x, labels = batch()
+    labels[[0, 6]] = IGNORED
+    mixed = labels.clone()
+    mixed[[2, 8]] = 77
+    loss = CLMLELoss(0.6, 0.2, samples_per_cluster=SIZE)
+    with any_place.run():
+        expected, actual = (
+            loss(x.to(any_place.device), y.to(any_place.device)) for y in (labels, mixed)
+        )
+    assert torch.equal(actual, expected)
 
 
 def test_a_zero_feature_and_an_empty_batch(place):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from literal import IGNORED
 from literal_cluster_margin import unit
 from literal_quintuplets import quintuplet_loss
 
@@ -20,22 +21,26 @@ def features() -> torch.Tensor:
     return 3 * torch.randn(len(LABELS), 4, dtype=torch.float64, generator=generator)
 
 
-def test_agrees_with_literal_loops(any_place):
+@pytest.mark.parametrize("ignored", [[], [4], [3], [0, 1, 2, 7], [3, 4, 5, 15, 16, 17]])
+def test_agrees_with_literal_loops(any_place, ignored):
     x = features()
+    labels = LABELS.clone()
+    labels[ignored] = IGNORED
+    kept = len(labels) - len(ignored)
     units = np.array([unit(row) for row in x.numpy()])
-    clusters = np.arange(len(LABELS)) // SIZE
-    upstream = np.full(len(LABELS), 1.7 / len(LABELS))
+    clusters = np.arange(len(labels)) // SIZE
+    upstream = np.full(len(labels), 1.7 / kept)
     losses, by_unit, with_hinge, _ = quintuplet_loss(
-        units, LABELS.numpy(), clusters, MARGINS, upstream
+        units, labels.numpy(), clusters, MARGINS, upstream
     )
-    assert with_hinge.all() and np.count_nonzero(losses) > 10
+    assert with_hinge.sum() == kept and np.count_nonzero(losses) > 8
     norms = np.linalg.norm(x.numpy(), axis=1, keepdims=True)
     along = (by_unit * units).sum(1, keepdims=True)
     moved = x.to(any_place.device).requires_grad_()
     with any_place.run():
-        value = LMLELoss(MARGINS, samples_per_cluster=SIZE)(moved, LABELS.to(any_place.device))
+        value = LMLELoss(MARGINS, samples_per_cluster=SIZE)(moved, labels.to(any_place.device))
         value.backward(torch.tensor(1.7, dtype=torch.float64, device=any_place.device))
-    np.testing.assert_allclose(value.item(), losses.mean(), rtol=1e-9)
+    np.testing.assert_allclose(value.item(), losses.sum() / kept, rtol=1e-9)
     expected = (by_unit - along * units) / norms
     np.testing.assert_allclose(moved.grad.cpu(), expected, rtol=1e-8, atol=1e-10)
 
@@ -74,4 +79,6 @@ def test_a_batch_of_broken_clusters_is_refused():
 
 
 def test_it_says_what_it_is():
-    assert repr(LMLELoss(MARGINS)) == ("LMLELoss(margins=(0.4, 0.3, 1.2), samples_per_cluster=20)")
+    assert repr(LMLELoss(MARGINS)) == (
+        "LMLELoss(margins=(0.4, 0.3, 1.2), samples_per_cluster=20, ignore_index=-100)"
+    )

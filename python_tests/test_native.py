@@ -17,7 +17,7 @@ def grouping(labels: torch.Tensor, **changed: torch.Tensor) -> None:
         "num_classes": torch.empty(1, dtype=torch.int64),
         **changed,
     }
-    _C.cpu.group_labels(labels, *outputs.values(), torch.empty(0, dtype=torch.uint8), 1)
+    _C.cpu.group_labels(labels, -100, *outputs.values(), torch.empty(0, dtype=torch.uint8), 1)
 
 
 LABELS = torch.tensor([3, 1, 3])
@@ -52,8 +52,6 @@ def test_what_is_no_tensor():
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-
-
 def test_a_fake_tensor_has_no_memory():
     with torch._subclasses.FakeTensorMode():
         fake = torch.zeros(2)

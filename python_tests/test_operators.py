@@ -12,7 +12,9 @@ from facelt_ext.functional.groups import group_labels
 from facelt_ext.types import compute_dtype
 
 OPS = torch.ops.facelt_ext
-OPTIONS = {"k": 2, "margin": 400.0, "alpha": 0.3, "beta": 0.07, "squared": True}
+OPTIONS = {
+    "k": 2, "margin": 400.0, "alpha": 0.3, "beta": 0.07, "squared": True, "ignore_index": 9
+}  # fmt: skip
 
 
 def inputs(device: str, dtype: torch.dtype = torch.float32):
@@ -25,8 +27,9 @@ def samples(place, dtype: torch.dtype):
     """Each operator with arguments it is really called with."""
     x, labels = inputs(place.device, dtype)
     backend = place.backend
-    order, segment, offsets, number = group_labels(labels, backend)
-    yield OPS.group_labels, (labels, backend)
+    yield OPS.group_labels, (labels, None, backend)
+    order, segment, offsets, number = group_labels(labels, 9, backend)
+    yield OPS.group_labels, (labels, 9, backend)
 
     ranges_args = (x, labels, order, offsets, number, 4, 2, True, backend)
     yield OPS.class_ranges_forward, ranges_args
@@ -55,6 +58,7 @@ def samples(place, dtype: torch.dtype):
 
     yield from super_class_samples(x, labels % 12, backend)
 
+    yield from unit_rows_samples(x, backend)
     yield from cluster_margin_samples(x, backend)
     yield from quintuplet_samples(x, labels, backend)
 
@@ -62,12 +66,19 @@ def samples(place, dtype: torch.dtype):
         yield OPS.inter_class_compactness, (x, labels % 12, k, 3.0, dtype, backend)
 
 
+def unit_rows_samples(x: torch.Tensor, backend: str):
+    x = x.to(compute_dtype(x.dtype))
+    yield OPS.unit_rows_forward, (x, backend)
+    units, inverse_norms = OPS.unit_rows_forward(x, backend)
+    yield OPS.unit_rows_backward, (units, x, inverse_norms, x[:, 0] > 0, backend)
+
+
 def cluster_margin_samples(x: torch.Tensor, backend: str):
     x = x.to(compute_dtype(x.dtype))
     cluster_index = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3, 3, 0, 1, 1], device=x.device)
     cluster_class = torch.tensor([7, 7, -2, 5, 5], device=x.device)
-    for weight, reduction in [(x[:, 0].exp(), "mean"), (None, "none")]:
-        options = (0.9, 0.3, True, reduction, backend)
+    for weight, reduction, ignored in [(x[:, 0].exp(), "mean", 2), (None, "none", None)]:
+        options = (0.9, 0.3, True, reduction, ignored, backend)
         args = (x, cluster_index, cluster_class, weight, *options)
         yield OPS.cluster_margin_forward, args
         loss, _, *state = OPS.cluster_margin_forward(*args)
@@ -76,8 +87,8 @@ def cluster_margin_samples(x: torch.Tensor, backend: str):
 
 def quintuplet_samples(x: torch.Tensor, labels: torch.Tensor, backend: str):
     x = x.to(compute_dtype(x.dtype))
-    for reduction in ("mean", "none"):
-        options = (2.0, 3.0, 4.0, reduction, backend)
+    for reduction, ignored in [("mean", 9), ("none", None)]:
+        options = (2.0, 3.0, 4.0, reduction, ignored, backend)
         yield OPS.quintuplet_forward, (x, labels, labels.roll(1), *options)
         loss, *state = OPS.quintuplet_forward(x, labels, labels.roll(1), *options)
         yield OPS.quintuplet_backward, (loss, x, *state, *options)
@@ -259,8 +270,8 @@ def test_max_classes_too_small_when_compiled(place, name):
 def test_no_ranges_are_refused_by_the_operators_too(place):
     x, labels = inputs(place.device)
     with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
-        OPS.range_loss_forward(x, labels, 0, 1.0, 1.0, 1.0, True, place.backend)
-    groups = group_labels(labels, place.backend)
+        OPS.range_loss_forward(x, labels, 0, 1.0, 1.0, 1.0, True, None, place.backend)
+    groups = group_labels(labels, None, place.backend)
     with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
         OPS.class_ranges_forward(
             x, labels, groups.order, groups.offsets, groups.num_classes, 4, 0, True, place.backend

@@ -299,7 +299,7 @@ def test_wrong_arguments(any_place, changed, error, message):
 def test_what_a_raw_operator_is_given_is_not_followed(place):
     """Numbers of neighbors that are no samples."""
     case = random_case(12, 6, 3).to(torch.float32, place.device)
-    options = (*case.margins, "sum", place.backend)
+    options = (*case.margins, "sum", None, place.backend)
     operators = torch.ops.facelt_ext
     _, neighbors, state = operators.quintuplet_forward(
         case.features, case.labels, case.clusters, *options

@@ -265,12 +265,14 @@ def test_module_is_the_function(any_place):
         assert module(x, labels) == expected
         module.alpha = 0.0
         assert module(x, labels) != expected
-    assert repr(module) == "RangeLoss(k=1, margin=3.0, alpha=0.0, beta=0.2, squared=False)"
+    assert repr(module) == (
+        "RangeLoss(k=1, margin=3.0, alpha=0.0, beta=0.2, squared=False, ignore_index=-100)"
+    )
 
 
 def test_paper_defaults():
     assert repr(facelt_ext.RangeLoss()) == (
-        "RangeLoss(k=2, margin=20000.0, alpha=1e-05, beta=0.0001, squared=True)"
+        "RangeLoss(k=2, margin=20000.0, alpha=1e-05, beta=0.0001, squared=True, ignore_index=-100)"
     )
 
 

@@ -1,5 +1,4 @@
-"""Transforms and modes around the functions: torch.func, forward-mode AD, autocast, FLOPs, and which
-gradients are made."""
+"""Around the functions: torch.func, forward-mode AD, autocast, FLOPs, the gradients asked for."""
 
 from __future__ import annotations
 

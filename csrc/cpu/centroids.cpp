@@ -45,8 +45,8 @@ void class_centroids_backward(const TensorView& grad_centroids, const TensorView
 #pragma omp parallel for schedule(static) num_threads(threads(execution))
     for (std::int64_t i = 0; i < batch; ++i) {
       if (classes[i] < 0 || classes[i] >= rows) {
-        std::fill_n(out + i * dimensions, dimensions,
-                    narrow<T>(std::numeric_limits<A>::quiet_NaN()));
+        const A nothing = classes[i] < 0 ? A(0) : std::numeric_limits<A>::quiet_NaN();
+        std::fill_n(out + i * dimensions, dimensions, narrow<T>(nothing));
         continue;
       }
       const A* row = grad + classes[i] * dimensions;

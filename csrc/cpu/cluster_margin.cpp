@@ -30,13 +30,15 @@ class Chunks {
 };
 
 const std::int64_t* checked_clusters(const TensorView& view, std::int64_t batch,
-                                     std::int64_t clusters) {
+                                     std::int64_t clusters, IgnoredLabel ignored) {
   const std::int64_t* index = index_pointer(view, "cluster_index", batch);
   for (std::int64_t i = 0; i < batch; ++i) {
     if (index[i] >= 0 && index[i] < clusters) continue;
+    if (ignored.marks(index[i]) && clusters > 0) continue;
+    const std::string allowed = ignored.given ? " or " + std::to_string(ignored.label) : "";
     throw std::invalid_argument("cluster_index: expected numbers in [0, " +
-                                std::to_string(clusters) + "), got " + std::to_string(index[i]) +
-                                " at position " + std::to_string(i));
+                                std::to_string(clusters) + ")" + allowed + ", got " +
+                                std::to_string(index[i]) + " at position " + std::to_string(i));
   }
   return index;
 }
@@ -62,7 +64,11 @@ class BlockHinges {
   static constexpr std::int64_t kSamples = kHingeSamples;
 
   BlockHinges(const std::vector<A>& classes, const ClusterMarginOptions& options, A share)
-      : classes_(classes), share_(share), clusters_(classes.size()), terms_(clusters_ * kSamples) {
+      : classes_(classes),
+        ignored_(options.ignored),
+        share_(share),
+        clusters_(classes.size()),
+        terms_(clusters_ * kSamples) {
     block_ = {classes_.data(),
               clusters_,
               static_cast<A>(options.between_margin),
@@ -80,12 +86,18 @@ class BlockHinges {
   // Of `count` samples, from the first of which all pointers are.
   void run(std::int64_t count, const std::int64_t* own, const A* weights, A* gradients, A* losses) {
     for (std::int64_t i = 0; i < count; ++i) {
-      own_cluster_[i] = static_cast<A>(own[i]);
-      own_class_[i] = classes_[own[i]];
+      const bool ignored = ignored_.marks(own[i]);
+      own_cluster_[i] = ignored ? A(0) : static_cast<A>(own[i]);
+      own_class_[i] = ignored ? A(0) : classes_[own[i]];
       factors_[i] = weights ? share_ * weights[i] : share_;
     }
     softmax_kernels<A>().hinges(block_);
     for (std::int64_t i = 0; i < count; ++i) {
+      if (ignored_.marks(own[i])) {
+        losses[i] = A(0);
+        std::fill_n(gradients + i * clusters_, clusters_, A(0));
+        continue;
+      }
       losses[i] = losses_[i];
       for (std::int64_t m = 0; m < clusters_; ++m) gradients[i * clusters_ + m] = term(i, m);
     }
@@ -93,10 +105,11 @@ class BlockHinges {
 
  private:
   const std::vector<A>& classes_;
+  IgnoredLabel ignored_;
   A share_;
   std::int64_t clusters_;
   std::vector<A> terms_;
-  // Zeros in the places of samples that a last block has not.
+  // Zeros in the places of samples that are ignored or that a last block has not.
   A own_cluster_[kSamples] = {}, own_class_[kSamples] = {}, factors_[kSamples] = {};
   A losses_[kSamples];
   HingeBlock<A> block_;
@@ -110,6 +123,8 @@ struct Batch {
   ClusterMarginOptions options;
   ClusterMarginState<A> state;
   int threads;
+
+  bool is_ignored(std::int64_t i) const { return options.ignored.marks(cluster_index[i]); }
 };
 
 // Its member functions share their work among the threads of the region they are called in.
@@ -138,7 +153,8 @@ class Forward {
 
   void hinges() {
     constexpr std::int64_t kSamples = BlockHinges<A>::kSamples;
-    BlockHinges<A> hinges(classes_, b_.options, share_of_sample<A>(b_.options, b_.batch));
+    BlockHinges<A> hinges(classes_, b_.options,
+                          share_of_sample(b_.options.reduction, *b_.state.taking_part));
 #pragma omp for schedule(static) nowait
     for (std::int64_t first = 0; first < b_.batch; first += kSamples) {
       const std::int64_t count = std::min(kSamples, b_.batch - first);
@@ -159,12 +175,17 @@ class Forward {
   void sort_samples() {
     offsets_.resize(b_.clusters + 1);
     order_.resize(b_.batch);
-    for (std::int64_t i = 0; i < b_.batch; ++i) ++offsets_[b_.cluster_index[i] + 1];
+    for (std::int64_t i = 0; i < b_.batch; ++i) {
+      if (!b_.is_ignored(i)) ++offsets_[b_.cluster_index[i] + 1];
+    }
     std::copy(offsets_.begin() + 1, offsets_.end(), b_.state.sizes);
     b_.state.sizes[b_.clusters] = A(0);
     std::partial_sum(offsets_.begin(), offsets_.end(), offsets_.begin());
+    *b_.state.taking_part = static_cast<A>(offsets_[b_.clusters]);
     std::vector<std::int64_t> next(offsets_.begin(), offsets_.end() - 1);
-    for (std::int64_t i = 0; i < b_.batch; ++i) order_[next[b_.cluster_index[i]]++] = i;
+    for (std::int64_t i = 0; i < b_.batch; ++i) {
+      if (!b_.is_ignored(i)) order_[next[b_.cluster_index[i]]++] = i;
+    }
   }
 
   void multiply(std::int64_t first, std::int64_t count, BlockHinges<A>& hinges) {
@@ -211,6 +232,7 @@ class Backward {
         given_(part == Part::kAfterProducts),
         chunks_(batch.batch) {
     if (given_) return;
+    put_zeros_for_ignored();
     gradient_.reset(new A[b_.batch * b_.clusters]);
     sums_.reset(new A[chunks_.count() * b_.clusters * b_.dimensions]);
     const RowKernels<A>& kernels = row_kernels<A>();
@@ -219,7 +241,7 @@ class Backward {
       return;
     }
     for (std::int64_t i = 0; i < b_.batch; ++i) {
-      kernels.scale(b_.state.gradient + i * b_.clusters, grad_loss[i],
+      kernels.scale(b_.state.gradient + i * b_.clusters, b_.is_ignored(i) ? A(0) : grad_loss[i],
                     gradient_.get() + i * b_.clusters, b_.clusters);
     }
   }
@@ -248,7 +270,8 @@ class Backward {
       A* const grad = grad_features_ + first * b_.dimensions;
       const A* shares[kMostSamples];
       for (std::int64_t j = 0; j < count; ++j) {
-        shares[j] = grad_centroids_ + b_.cluster_index[first + j] * b_.dimensions;
+        const std::int64_t m = b_.is_ignored(first + j) ? 0 : b_.cluster_index[first + j];
+        shares[j] = grad_centroids_ + m * b_.dimensions;
       }
       if (given_) {
         for (std::int64_t j = 0; j < count; ++j) {
@@ -259,10 +282,24 @@ class Backward {
                                   b_.state.centroids, b_.dimensions, shares, grad, b_.dimensions,
                                   count, b_.clusters, b_.dimensions});
       }
+      for (std::int64_t j = 0; j < count; ++j) {
+        if (b_.is_ignored(first + j)) std::fill_n(grad + j * b_.dimensions, b_.dimensions, A(0));
+      }
     }
   }
 
  private:
+  // The products take all features, and 0 times one that is not finite would be NaN.
+  void put_zeros_for_ignored() {
+    if (*b_.state.taking_part == static_cast<A>(b_.batch)) return;
+    features_.assign(b_.features, b_.features + b_.batch * b_.dimensions);
+    for (std::int64_t i = 0; i < b_.batch; ++i) {
+      if (!b_.is_ignored(i)) continue;
+      std::fill_n(features_.begin() + i * b_.dimensions, b_.dimensions, A(0));
+    }
+    b_.features = features_.data();
+  }
+
   // The gradient by the centroids, of each chunk of the batch.
   void multiply() {
 #pragma omp for schedule(static)
@@ -289,11 +326,12 @@ class Backward {
     return size > A(0) ? b_.state.inverse_norms[m] / size : A(0);
   }
 
-  const Batch<A> b_;
+  Batch<A> b_;
   A* grad_centroids_;
   A* grad_features_;
   bool given_;
   Chunks chunks_;
+  std::vector<A> features_;        // with zeros for ignored samples, where there are any
   std::unique_ptr<A[]> gradient_;  // grad_loss times the state's
   std::unique_ptr<A[]> sums_;      // [chunks, M, D] of G^T features
 };
@@ -305,7 +343,7 @@ Batch<A> batch_of(const TensorView& features, const TensorView& cluster_index,
   const std::int64_t batch = features.size(0), dimensions = features.size(1);
   const std::int64_t clusters = cluster_margin_clusters(state, batch, dimensions);
   return {input<A>(features, "features", batch * dimensions),
-          checked_clusters(cluster_index, batch, clusters),
+          checked_clusters(cluster_index, batch, clusters, options.ignored),
           batch,
           clusters,
           dimensions,
@@ -315,19 +353,19 @@ Batch<A> batch_of(const TensorView& features, const TensorView& cluster_index,
 }
 
 template <class A>
-void reduce(const ClusterMarginOptions& options, const A* losses, const A* weights,
-            std::int64_t batch, A* loss) {
+void reduce(const Batch<A>& b, const A* losses, const A* weights, A* loss) {
   const auto weighted = [&](std::int64_t i) {
-    return weights ? weights[i] * losses[i] : losses[i];
+    return weights && !b.is_ignored(i) ? weights[i] * losses[i] : losses[i];
   };
-  if (options.reduction == Reduction::kNone) {
-    for (std::int64_t i = 0; i < batch; ++i) loss[i] = weighted(i);
+  if (b.options.reduction == Reduction::kNone) {
+    for (std::int64_t i = 0; i < b.batch; ++i) loss[i] = weighted(i);
     return;
   }
   double sum = 0;
-  for (std::int64_t i = 0; i < batch; ++i) sum += weighted(i);
-  const bool mean = options.reduction == Reduction::kMean && batch > 0;
-  *loss = static_cast<A>(mean ? sum / static_cast<double>(batch) : sum);
+  for (std::int64_t i = 0; i < b.batch; ++i) sum += weighted(i);
+  const double count = static_cast<double>(*b.state.taking_part);
+  const bool mean = b.options.reduction == Reduction::kMean && count > 0;
+  *loss = static_cast<A>(mean ? sum / count : sum);
 }
 
 }  // namespace
@@ -354,7 +392,7 @@ void cluster_margin_forward(const TensorView& features, const TensorView& cluste
       if (step != Part::kBeforeProducts) failure.run([&] { forward.hinges(); });
     }
     failure.rethrow();
-    if (step != Part::kBeforeProducts) reduce(options, of_samples, weights, b.batch, reduced);
+    if (step != Part::kBeforeProducts) reduce(b, of_samples, weights, reduced);
   });
 }
 

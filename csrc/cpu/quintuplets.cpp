@@ -14,10 +14,13 @@ struct Samples {
   const A* features;
   const std::int64_t *labels, *clusters;
   std::int64_t batch, dimensions;
+
+  const A* row(std::int64_t i) const { return features + i * dimensions; }
 };
 
-// The neighbors of all anchors. Each thread keeps those that it has met, and the order among
-// candidates is total: what is found in the end does not depend on who met what.
+// The neighbors of all anchors; samples are numbered by their positions in `order`, which leaves
+// out the ignored ones and is ascending. Each thread keeps those that it has met, and the order
+// among candidates is total: what is found in the end does not depend on who met what.
 //
 // |x|^2 + |y|^2 - 2 x.y, in half the time of a distance, says how far a pair is to within some
 // roundings. Nearly all pairs are neither as near nor as far as to matter; of the others the sum of
@@ -25,35 +28,38 @@ struct Samples {
 template <class A>
 class Mining {
  public:
-  Mining(const Samples<A>& samples, int threads)
+  Mining(const Samples<A>& samples, const std::vector<std::int64_t>& order, int threads)
       : s_(samples),
+        order_(order),
+        count_(static_cast<std::int64_t>(order.size())),
         threads_(threads),
         slack_((2 * samples.dimensions + 8) * std::numeric_limits<A>::epsilon()),
-        order_(samples.batch),
-        squares_(samples.batch),
-        found_(threads * samples.batch * kNeighbors),
-        nearest_(threads * samples.batch, kInfinity) {
-    std::iota(order_.begin(), order_.end(), std::int64_t{0});
-    for (std::int64_t i = 0; i < s_.batch; ++i) {
-      const A* const x = s_.features + i * s_.dimensions;
-      squares_[i] = row_kernels<A>().dot(x, x, s_.dimensions);
+        found_(threads * count_ * kNeighbors),
+        nearest_(threads * count_, kInfinity) {
+    labels_.reserve(count_);
+    clusters_.reserve(count_);
+    squares_.reserve(count_);
+    for (const std::int64_t i : order) {
+      labels_.push_back(s_.labels[i]);
+      clusters_.push_back(s_.clusters[i]);
+      squares_.push_back(row_kernels<A>().dot(s_.row(i), s_.row(i), s_.dimensions));
     }
     for (std::size_t f = 0; f < found_.size(); ++f) {
       found_[f] = {is_farthest(f % kNeighbors) ? -kInfinity : kInfinity, kNoPair};
     }
   }
 
-  std::int64_t size() const { return number_of_blocks(s_.batch); }
+  std::int64_t size() const { return number_of_blocks(count_); }
 
   void run(std::int64_t block) {
-    Candidate<A>* const found = found_.data() + omp_get_thread_num() * s_.batch * kNeighbors;
-    A* const nearest = nearest_.data() + omp_get_thread_num() * s_.batch;
+    Candidate<A>* const found = found_.data() + omp_get_thread_num() * count_ * kNeighbors;
+    A* const nearest = nearest_.data() + omp_get_thread_num() * count_;
     visit_pair_block(
-        s_.features, s_.dimensions, order_.data(), 0, s_.batch, block,
+        s_.features, s_.dimensions, order_.data(), 0, count_, block,
         [&](std::int64_t a, std::int64_t b, A product) {
           const A squares = squares_[a] + squares_[b];
           const A about = squares - 2 * product, off = slack_ * squares;
-          if (s_.labels[a] != s_.labels[b]) {
+          if (labels_[a] != labels_[b]) {
             if (about - off > nearest[a] && about - off > nearest[b]) return;
             const A distance = distance_of(a, b);
             offer(kOtherNearest, {distance, b}, found + a * kNeighbors);
@@ -62,7 +68,7 @@ class Mining {
             nearest[b] = found[b * kNeighbors + kOtherNearest].distance;
             return;
           }
-          const bool same_cluster = s_.clusters[a] == s_.clusters[b];
+          const bool same_cluster = clusters_[a] == clusters_[b];
           Candidate<A>*const of_a = found + a * kNeighbors, *const of_b = found + b * kNeighbors;
           if (!may_matter(same_cluster, about, off, of_a) &&
               !may_matter(same_cluster, about, off, of_b)) {
@@ -75,12 +81,12 @@ class Mining {
         row_kernels<A>().inner_products);
   }
 
-  // After all blocks have run.
+  // After all blocks have run; positions.
   const Candidate<A>* neighbors(std::int64_t anchor) {
     Candidate<A>* const merged = found_.data() + anchor * kNeighbors;
     for (int t = 1; t < threads_; ++t) {
       for (int k = 0; k < kNeighbors; ++k) {
-        offer(k, merged[t * s_.batch * kNeighbors + k], merged);
+        offer(k, merged[t * count_ * kNeighbors + k], merged);
       }
     }
     return merged;
@@ -97,23 +103,43 @@ class Mining {
   }
 
   A distance_of(std::int64_t a, std::int64_t b) const {
-    return row_kernels<A>().squared_distance(s_.features + a * s_.dimensions,
-                                             s_.features + b * s_.dimensions, s_.dimensions);
+    return row_kernels<A>().squared_distance(s_.row(order_[a]), s_.row(order_[b]), s_.dimensions);
   }
 
   const Samples<A> s_;
+  const std::vector<std::int64_t>& order_;
+  std::int64_t count_;
   int threads_;
   A slack_;
-  std::vector<std::int64_t> order_;
+  std::vector<std::int64_t> labels_, clusters_;
   std::vector<A> squares_;
   std::vector<Candidate<A>> found_;
   std::vector<A> nearest_;  // the distances of kOtherNearest, side by side
 };
 
+// The samples that take part. Fills in what the others leave.
+template <class A>
+std::vector<std::int64_t> taking_part(const Samples<A>& s, const QuintupletOptions& options,
+                                      const QuintupletState<A>& state, A* loss) {
+  std::vector<std::int64_t> order;
+  order.reserve(s.batch);
+  for (std::int64_t i = 0; i < s.batch; ++i) {
+    if (!options.ignored.marks(s.labels[i])) {
+      order.push_back(i);
+      continue;
+    }
+    std::fill_n(state.neighbors + i * kNeighbors, std::int64_t{kNeighbors}, kIgnoredSample);
+    std::fill_n(state.slopes + i * kNeighbors, std::int64_t{kNeighbors}, A(0));
+    if (options.reduction == Reduction::kNone) loss[i] = A(0);
+  }
+  return order;
+}
+
 template <class A>
 void forward(const Samples<A>& s, const QuintupletOptions& options, const QuintupletState<A>& state,
              A* loss, int threads) {
-  Mining<A> mining(s, threads);
+  const std::vector<std::int64_t> order = taking_part(s, options, state, loss);
+  Mining<A> mining(s, order, threads);
   FirstException failure;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (std::int64_t block = 0; block < mining.size(); ++block) {
@@ -122,14 +148,19 @@ void forward(const Samples<A>& s, const QuintupletOptions& options, const Quintu
   failure.rethrow();
   const A margins[] = {static_cast<A>(options.margins[0]), static_cast<A>(options.margins[1]),
                        static_cast<A>(options.margins[2])};
-  const bool finite = row_kernels<A>().all_finite(s.features, s.batch * s.dimensions);
+  const bool finite = std::all_of(order.begin(), order.end(), [&](std::int64_t i) {
+    return row_kernels<A>().all_finite(s.row(i), s.dimensions);
+  });
   *state.poison = finite ? A(0) : std::numeric_limits<A>::quiet_NaN();
   double sum = 0;
   std::int64_t anchors = 0;
-  for (std::int64_t i = 0; i < s.batch; ++i) {
-    const Candidate<A>* found = mining.neighbors(i);
+  for (std::size_t p = 0; p < order.size(); ++p) {
+    const std::int64_t i = order[p];
+    const Candidate<A>* found = mining.neighbors(static_cast<std::int64_t>(p));
     const Hinges<A> hinges = quintuplet_hinges(found, margins, state.slopes + i * kNeighbors);
-    for (int k = 0; k < kNeighbors; ++k) state.neighbors[i * kNeighbors + k] = found[k].pair;
+    for (int k = 0; k < kNeighbors; ++k) {
+      state.neighbors[i * kNeighbors + k] = found[k].pair < 0 ? kNoPair : order[found[k].pair];
+    }
     anchors += hinges.any;
     sum += hinges.loss;
     if (options.reduction == Reduction::kNone) loss[i] = hinges.loss + *state.poison;
@@ -203,7 +234,7 @@ void quintuplet_backward(const TensorView& grad_loss, const TensorView& features
     };
 #pragma omp parallel for schedule(static) num_threads(threads(execution))
     for (std::int64_t i = 0; i < batch; ++i) {
-      std::fill_n(grad + i * dimensions, dimensions, *s.poison);
+      std::fill_n(grad + i * dimensions, dimensions, s.poison_of(i));
       for (std::int64_t p = i * kNeighbors; p < (i + 1) * kNeighbors; ++p) {
         if (Places::is_sample(s.neighbors[p], batch)) add(i, s.neighbors[p], p);
       }

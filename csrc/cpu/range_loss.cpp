@@ -35,7 +35,8 @@ Compute<T> forward(const T* features, const std::int64_t* labels, std::int64_t b
                    const RangeLossState<Compute<T>>& out, int num_threads) {
   using A = Compute<T>;
   std::vector<std::int64_t> order(batch);
-  const std::int64_t classes = group_labels(labels, batch, order.data(), out.segment, out.offsets);
+  const std::int64_t classes =
+      group_labels(labels, batch, options.ignored, order.data(), out.segment, out.offsets);
   RangeTasks<T> tasks(features, dimensions, order.data(), out.offsets, batch, classes, options.k);
   std::vector<A> centroids(classes * dimensions);
   std::vector<std::int64_t> live(classes);
@@ -116,12 +117,13 @@ void range_loss_backward(const TensorView& grad_loss, const TensorView& features
     advise_huge_pages(grad_features);
     const auto begin_row = [&](std::int64_t i, A* row) {
       const std::int64_t s = state.segment[i];
+      const bool ignored = s < 0;
       const bool first = s == state.center_pair[0], second = s == state.center_pair[1];
-      if (poison == A(0) && (first || second)) {
+      if (!ignored && poison == A(0) && (first || second)) {
         const A share = grad / static_cast<A>(state.offsets[s + 1] - state.offsets[s]);
         kernels.scale(state.center_gradient, first ? share : -share, row, dimensions);
       } else {
-        std::fill(row, row + dimensions, poison);
+        std::fill(row, row + dimensions, ignored ? A(0) : poison);
       }
     };
     write_pair_gradients(input<T>(features, "features", batch * dimensions), batch, dimensions,

@@ -103,7 +103,7 @@ void write_ranges(const std::vector<Candidate<A>>& largest, const std::int64_t* 
 }
 
 // grad[i] = what start(i, row) writes + sum over the pairs (i, o) of i's class of
-// factor * pair_scale * (x_i - x_o). A segment beyond `rows` has no pairs.
+// factor * pair_scale * (x_i - x_o). A segment of -1 or beyond `rows` has no pairs.
 template <class T, class Start>
 void write_pair_gradients(const T* features, std::int64_t batch, std::int64_t dimensions,
                           const std::int64_t* segment, const std::int64_t* pairs,
@@ -124,7 +124,8 @@ void write_pair_gradients(const T* features, std::int64_t batch, std::int64_t di
     }
     start(i, sum);
     const std::int64_t s = segment[i];
-    for (std::int64_t j = s * k; s < rows && j < (s + 1) * k; ++j) {
+    const bool has_pairs = s >= 0 && s < rows;
+    for (std::int64_t j = s * k; has_pairs && j < (s + 1) * k; ++j) {
       if (pairs[2 * j] != i && pairs[2 * j + 1] != i) continue;
       const std::int64_t other = pairs[2 * j] == i ? pairs[2 * j + 1] : pairs[2 * j];
       const T* x = features + i * dimensions;

@@ -93,7 +93,8 @@ __global__ void min_distance_gradient_kernel(const A* grad_distance, const A* ce
   }
 }
 
-// The gradient of a sample whose class did not get a row is NaN, as its centroid is.
+// The gradient of a sample whose class did not get a row is NaN, as its centroid is; that of an
+// ignored sample is 0.
 template <class T>
 __global__ void centroid_gradients_kernel(const Compute<T>* grad_centroids,
                                           const std::int64_t* segment, const std::int64_t* counts,
@@ -102,8 +103,8 @@ __global__ void centroid_gradients_kernel(const Compute<T>* grad_centroids,
   using A = Compute<T>;
   const std::int64_t i = blockIdx.x;
   const std::int64_t s = segment[i];
-  const bool in_rows = s < rows;
-  const A share = in_rows ? A(1) / static_cast<A>(counts[s]) : A(NAN);
+  const bool in_rows = s >= 0 && s < rows;
+  const A share = in_rows ? A(1) / static_cast<A>(counts[s]) : s < 0 ? A(0) : A(NAN);
   for (std::int64_t d = threadIdx.x; d < dimensions; d += kGradientThreads) {
     grad_features[i * dimensions + d] =
         narrow<T>(in_rows ? share * grad_centroids[s * dimensions + d] : share);

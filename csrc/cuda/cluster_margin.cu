@@ -21,8 +21,10 @@ struct Batch {
   const std::int64_t* cluster_index;
   ClusterMarginState<A> state;
   bool normalize;
+  IgnoredLabel ignored;
 
   __device__ bool is_valid(std::int64_t m) const { return m >= 0 && m < clusters; }
+  __device__ bool is_ignored(std::int64_t i) const { return ignored.marks(cluster_index[i]); }
 };
 
 template <class A>
@@ -51,11 +53,18 @@ template <class A>
 __global__ void centroids_kernel(Batch<A> b) {
   FACELT_SHARED(A, inverse, 1);
   const std::int64_t m = blockIdx.x;
-  if (m == 0 && threadIdx.x == 0) b.state.sizes[b.clusters] = A(0);
+  std::int64_t size = 0, taking_part = 0;
+  for (std::int64_t i = 0; i < b.batch; ++i) {
+    if (b.is_ignored(i)) continue;
+    size += b.cluster_index[i] == m;
+    ++taking_part;
+  }
+  if (m == 0 && threadIdx.x == 0) {
+    b.state.sizes[b.clusters] = A(0);
+    *b.state.taking_part = static_cast<A>(taking_part);
+  }
   if (m >= b.clusters) return;
   A* mean = b.state.centroids + m * b.dimensions;
-  std::int64_t size = 0;
-  for (std::int64_t i = 0; i < b.batch; ++i) size += b.cluster_index[i] == m;
   for (std::int64_t d = threadIdx.x; d < b.dimensions; d += kThreads) {
     A sum = 0;
     for (std::int64_t i = 0; i < b.batch; ++i) {
@@ -83,7 +92,6 @@ struct HingeTask {
   const std::int64_t* cluster_class;
   const A* weights;
   A between_margin, within_margin;
-  A share;
   Reduction reduction;
   bool given;
   A* losses;
@@ -92,8 +100,10 @@ struct HingeTask {
   // The losses may be another block's.
   __device__ A weighted(std::int64_t i) const {
     const A loss = static_cast<const volatile A*>(losses)[i];
-    return weights ? weights[i] * loss : loss;
+    return weights && !batch.is_ignored(i) ? weights[i] * loss : loss;
   }
+
+  __device__ A share() const { return share_of_sample(reduction, *batch.state.taking_part); }
 };
 
 enum class Kind { kOwn, kBetween, kWithin, kNone };
@@ -135,6 +145,16 @@ __device__ Hinge<A> hinge(const HingeTask<A>& task, A* shared, const A* row, std
   return result;
 }
 
+// What an ignored sample leaves.
+template <class A>
+__device__ void leave_nothing(const HingeTask<A>& task, std::int64_t i) {
+  const std::int64_t clusters = task.batch.clusters;
+  for (std::int64_t m = threadIdx.x; m < clusters; m += kThreads) {
+    task.batch.state.gradient[i * clusters + m] = A(0);
+  }
+  if (threadIdx.x == 0) task.losses[i] = A(0);
+}
+
 // Sample i: the block's warps take clusters in turn, then all of it the hinges.
 template <class A>
 __device__ void sample_hinges(const HingeTask<A>& task, A* shared, std::int64_t i) {
@@ -162,7 +182,7 @@ __device__ void sample_hinges(const HingeTask<A>& task, A* shared, std::int64_t 
     within = hinge(task, shared, row, own, own_similarity, Kind::kWithin, task.within_margin);
   }
   __syncthreads();
-  const A factor = task.weights ? task.share * task.weights[i] : task.share;
+  const A factor = task.weights ? task.share() * task.weights[i] : task.share();
   for (std::int64_t m = threadIdx.x; m < b.clusters; m += kThreads) {
     A value = 0;
     const Kind kind = valid ? kind_of(task, own, m) : Kind::kNone;
@@ -183,7 +203,13 @@ template <class A>
 __global__ void hinges_kernel(HingeTask<A> task) {
   FACELT_SHARED(A, shared, kWarps);
   const std::int64_t batch = task.batch.batch, i = blockIdx.x;
-  if (i < batch) sample_hinges(task, shared, i);
+  if (i < batch) {
+    if (task.batch.is_ignored(i)) {
+      leave_nothing(task, i);
+    } else {
+      sample_hinges(task, shared, i);
+    }
+  }
   if (task.reduction == Reduction::kNone) {
     if (i < batch && threadIdx.x == 0) task.loss[i] = task.weighted(i);
     return;
@@ -192,7 +218,7 @@ __global__ void hinges_kernel(HingeTask<A> task) {
   A sum = 0;
   for (std::int64_t j = threadIdx.x; j < batch; j += kThreads) sum += task.weighted(j);
   sum = block_sum(shared, sum);
-  if (threadIdx.x == 0) *task.loss = sum * task.share;
+  if (threadIdx.x == 0) *task.loss = sum * task.share();
 }
 
 template <class A>
@@ -220,7 +246,7 @@ __global__ void centroid_gradient_kernel(GradientTask<A> task) {
   for (std::int64_t d = threadIdx.x; d < b.dimensions; d += kThreads) {
     A sum = task.given ? grad[d] : A(0);
     for (std::int64_t i = 0; i < b.batch && !task.given; ++i) {
-      sum += task.gradient(i, m) * b.features[i * b.dimensions + d];
+      if (!b.is_ignored(i)) sum += task.gradient(i, m) * b.features[i * b.dimensions + d];
     }
     grad[d] = sum;
     along += sum * centroid[d];
@@ -245,13 +271,14 @@ __global__ void feature_gradient_kernel(GradientTask<A> task) {
     for (std::int64_t m = 0; m < b.clusters && !task.given; ++m) {
       sum += task.gradient(i, m) * b.state.centroids[m * b.dimensions + d];
     }
-    grad[d] = sum + (b.is_valid(own) ? task.grad_centroids[own * b.dimensions + d] : A(NAN));
+    sum += b.is_valid(own) ? task.grad_centroids[own * b.dimensions + d] : A(NAN);
+    grad[d] = b.is_ignored(i) ? A(0) : sum;
   }
 }
 
 template <class A>
-Batch<A> make_batch(const TensorView& features, const TensorView& cluster_index, bool normalize,
-                    const TensorView& state) {
+Batch<A> make_batch(const TensorView& features, const TensorView& cluster_index,
+                    const ClusterMarginOptions& options, const TensorView& state) {
   const std::int64_t batch = features.size(0), dimensions = features.size(1);
   const std::int64_t clusters = cluster_margin_clusters(state, batch, dimensions);
   const int device = features.device;
@@ -262,7 +289,8 @@ Batch<A> make_batch(const TensorView& features, const TensorView& cluster_index,
           pointer<const std::int64_t>(cluster_index, "cluster_index", ScalarType::kInt64, batch,
                                       device),
           cluster_margin_state<A>(state, batch, clusters, dimensions, device),
-          normalize};
+          options.normalize,
+          options.ignored};
 }
 
 }  // namespace
@@ -279,7 +307,7 @@ void cluster_margin_forward(const TensorView& features, const TensorView& cluste
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using A = Compute<decltype(zero)>;
     constexpr ScalarType kType = Scalar<A>::kType;
-    const Batch<A> b = make_batch<A>(features, cluster_index, options.normalize, state);
+    const Batch<A> b = make_batch<A>(features, cluster_index, options, state);
     const HingeTask<A> task{
         b,
         pointer<const std::int64_t>(cluster_class, "cluster_class", ScalarType::kInt64, b.clusters,
@@ -288,7 +316,6 @@ void cluster_margin_forward(const TensorView& features, const TensorView& cluste
                       : nullptr,
         static_cast<A>(options.between_margin),
         static_cast<A>(options.within_margin),
-        share_of_sample<A>(options, b.batch),
         options.reduction,
         step == Part::kAfterProducts,
         pointer<A>(losses, "losses", kType, b.batch, device),
@@ -312,7 +339,7 @@ void cluster_margin_backward(const TensorView& grad_loss, const TensorView& feat
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using A = Compute<decltype(zero)>;
     constexpr ScalarType kType = Scalar<A>::kType;
-    const Batch<A> b = make_batch<A>(features, cluster_index, options.normalize, state);
+    const Batch<A> b = make_batch<A>(features, cluster_index, options, state);
     const GradientTask<A> task{
         b,
         pointer<const A>(grad_loss, "grad_loss", kType,

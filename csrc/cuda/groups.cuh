@@ -6,17 +6,19 @@ namespace facelt::FACELT_CUDA_NAMESPACE {
 
 constexpr int kGroupThreads = 256;
 
-// starts: the class's first sorted position, at each sorted position. ticket: set to 0 for a later
-// kernel that counts its blocks; may be null.
-void launch_rank_labels(const std::int64_t* labels, std::int64_t batch, std::int64_t* order,
-                        std::int64_t* starts, unsigned* ticket, stream_t stream);
+// starts: the class's first sorted position, at each sorted position; ignored samples come last.
+// taking_part: how many are not ignored. ticket: set to 0 for a later kernel that counts its
+// blocks; may be null.
+void launch_rank_labels(const std::int64_t* labels, std::int64_t batch, IgnoredLabel ignored,
+                        std::int64_t* order, std::int64_t* starts, std::int64_t* taking_part,
+                        unsigned* ticket, stream_t stream);
 
 struct Numbering {
   const std::int64_t* order;
   const std::int64_t* starts;
   std::int64_t batch;
   std::int64_t* segment;
-  std::int64_t* offsets;
+  std::int64_t* offsets;  // whose last entry, at `batch`, says how many samples take part
   std::int64_t* num_classes;
 };
 
@@ -24,9 +26,10 @@ struct Numbering {
 __device__ inline void number_segments(const Numbering& n) {
   FACELT_SHARED(std::int64_t, heads, kGroupThreads + 1);
   const int threads = blockDim.x;
-  const std::int64_t per_thread = (n.batch + threads - 1) / threads;
-  const std::int64_t begin = lesser(n.batch, threadIdx.x * per_thread);
-  const std::int64_t end = lesser(n.batch, begin + per_thread);
+  const std::int64_t taking_part = n.offsets[n.batch];
+  const std::int64_t per_thread = (taking_part + threads - 1) / threads;
+  const std::int64_t begin = lesser(taking_part, threadIdx.x * per_thread);
+  const std::int64_t end = lesser(taking_part, begin + per_thread);
   std::int64_t count = 0;
   for (std::int64_t p = begin; p < end; ++p) count += n.starts[p] == p;
   heads[threadIdx.x + 1] = count;
@@ -42,8 +45,11 @@ __device__ inline void number_segments(const Numbering& n) {
     if (n.starts[p] == p) n.offsets[next++] = p;
     n.segment[n.order[p]] = next - 1;
   }
-  for (std::int64_t s = heads[threads] + threadIdx.x; s <= n.batch; s += threads) {
-    n.offsets[s] = n.batch;
+  for (std::int64_t p = taking_part + threadIdx.x; p < n.batch; p += threads) {
+    n.segment[n.order[p]] = -1;
+  }
+  for (std::int64_t s = heads[threads] + threadIdx.x; s < n.batch; s += threads) {
+    n.offsets[s] = taking_part;
   }
 }
 

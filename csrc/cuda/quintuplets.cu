@@ -41,8 +41,13 @@ template <class A>
 struct Mining {
   const A* features;
   const std::int64_t *labels, *clusters;
+  IgnoredLabel ignored;
   std::int64_t batch, dimensions;
   Workspace<A> workspace;
+
+  __device__ bool takes_part(std::int64_t i) const {
+    return i < batch && !ignored.marks(labels[i]);
+  }
 };
 
 // Sample i against one tile's columns, each kRowThreads-th of them.
@@ -51,7 +56,7 @@ __device__ void look_through(const Mining<A>& m, const A* row, std::int64_t i, s
                              Candidate<A>* found) {
   for (int c = threadIdx.x % kRowThreads; c < kTile && begin + c < m.batch; c += kRowThreads) {
     const std::int64_t j = begin + c;
-    if (j == i) continue;
+    if (j == i || !m.takes_part(j)) continue;
     const bool same_class = m.labels[i] == m.labels[j];
     offer(same_class, same_class && m.clusters[i] == m.clusters[j], Candidate<A>{row[c], j}, found);
   }
@@ -63,6 +68,7 @@ __global__ void mining_kernel(Mining<A> m) {
   const std::int64_t tile_row = blockIdx.x, first = tile_row * kTile;
   const int r = threadIdx.x / kRowThreads;
   const std::int64_t i = first + r;
+  const bool takes_part = m.takes_part(i);
   Candidate<A> found[kNeighbors];
   for (int k = 0; k < kNeighbors; ++k) found[k] = {A(0), kNoPair};
   bool bad = false;
@@ -70,9 +76,9 @@ __global__ void mining_kernel(Mining<A> m) {
     const std::int64_t j = tile * kTile;
     const A* distances =
         distance_tile(m.features, m.dimensions, nullptr, m.batch, first, j) + r * kTile;
-    if (i < m.batch) look_through(m, distances, i, j, found);
+    if (takes_part) look_through(m, distances, i, j, found);
     // x - x is 0 for finite x only.
-    if (tile == tile_row) bad = distances[r] != A(0);
+    if (tile == tile_row) bad = takes_part && distances[r] != A(0);
   }
   for (int k = 0; k < kNeighbors; ++k) {
     for (int mask = kRowThreads / 2; mask > 0; mask /= 2) {
@@ -93,6 +99,8 @@ template <class A>
 struct Finish {
   Workspace<A> workspace;
   QuintupletState<A> state;
+  const std::int64_t* labels;
+  IgnoredLabel ignored;
   std::int64_t batch;
   A margins[3];
   Reduction reduction;
@@ -122,10 +130,13 @@ __device__ void finish_anchor(const Finish<A>& f, std::int64_t i, A poison) {
   }
   if (lane_of_warp() != 0) return;
   const Hinges<A> hinges = quintuplet_hinges(found, f.margins, f.state.slopes + i * kNeighbors);
-  for (int k = 0; k < kNeighbors; ++k) f.state.neighbors[i * kNeighbors + k] = found[k].pair;
+  const bool ignored = f.ignored.marks(f.labels[i]);
+  for (int k = 0; k < kNeighbors; ++k) {
+    f.state.neighbors[i * kNeighbors + k] = ignored ? kIgnoredSample : found[k].pair;
+  }
   f.workspace.losses[i] = hinges.loss;
   f.workspace.any[i] = hinges.any ? A(1) : A(0);
-  if (f.reduction == Reduction::kNone) f.loss[i] = hinges.loss + poison;
+  if (f.reduction == Reduction::kNone) f.loss[i] = ignored ? A(0) : hinges.loss + poison;
 }
 
 template <class A>
@@ -207,7 +218,7 @@ __global__ void gradient_kernel(Gradient<A> g) {
   const std::int64_t i = blockIdx.x;
   A* grad = g.grad_features + i * g.dimensions;
   for (std::int64_t d = threadIdx.x; d < g.dimensions; d += kThreads) {
-    A sum = *g.state.poison;
+    A sum = g.state.poison_of(i);
     for (std::int64_t p = i * kNeighbors; p < (i + 1) * kNeighbors; ++p) {
       const std::int64_t other = g.state.neighbors[p];
       if (other >= 0 && other < g.batch) sum += g.of_place(p, i, other, d);
@@ -243,12 +254,15 @@ void quintuplet_forward(const TensorView& features, const TensorView& labels,
         pointer<const A>(features, "features", kType, batch * dimensions, device),
         pointer<const std::int64_t>(labels, "labels", kIndex, batch, device),
         pointer<const std::int64_t>(cluster_index, "cluster_index", kIndex, batch, device),
+        options.ignored,
         batch,
         dimensions,
         w};
     const Finish<A> finish{
         w,
         quintuplet_state<A>(neighbors, state, batch, device),
+        mining.labels,
+        options.ignored,
         batch,
         {static_cast<A>(options.margins[0]), static_cast<A>(options.margins[1]),
          static_cast<A>(options.margins[2])},

@@ -143,9 +143,12 @@ void range_loss_forward(const TensorView& features, const TensorView& labels,
                            static_cast<A>(options.beta),
                            options.squared,
                            pointer<A>(loss, "loss", Scalar<A>::kType, 1, device)};
-    launch_rank_labels(label, batch, w.order, w.starts, w.ticket, stream);
-    launch_range_tiles(RangeTiles<T>{x, label, w.order, batch, dimensions, k, w.candidates},
-                       &numbering, stream);
+    std::int64_t* taking_part = state.offsets + batch;
+    launch_rank_labels(label, batch, options.ignored, w.order, w.starts, taking_part, w.ticket,
+                       stream);
+    launch_range_tiles(
+        RangeTiles<T>{x, label, w.order, taking_part, batch, dimensions, k, w.candidates},
+        &numbering, stream);
     launch_centroids(Centroids<T>{x, w.order, state.offsets, w.num_classes, batch, dimensions,
                                   batch, w.centroids, w.counts},
                      stream);

@@ -45,8 +45,7 @@ __device__ void select_largest(const A* distances, const TileRegion& region, std
 // The classes within a diagonal tile, a warp for each in turn.
 template <class T>
 __device__ void select_diagonal(const RangeTiles<T>& t, const Compute<T>* distances,
-                                const std::int64_t* labels, std::int64_t i) {
-  const int rows = static_cast<int>(lesser(kTile, t.batch - i));
+                                const std::int64_t* labels, std::int64_t i, int rows) {
   const int warp = threadIdx.x / kWarp;
   int classes = 0;
   for (int begin = 0, end = 0; begin < rows; begin = end) {
@@ -60,12 +59,12 @@ __device__ void select_diagonal(const RangeTiles<T>& t, const Compute<T>* distan
 // The one class that the end of tile i and the beginning of tile j have in common.
 template <class T>
 __device__ void select_cross(const RangeTiles<T>& t, const Compute<T>* distances,
-                             const std::int64_t* labels, std::int64_t i, std::int64_t j) {
+                             const std::int64_t* labels, std::int64_t i, std::int64_t j,
+                             int columns) {
   if (threadIdx.x >= kWarp) return;
   const std::int64_t label = labels[kTile - 1];
   int begin = kTile - 1;
   while (begin > 0 && labels[begin - 1] == label) --begin;
-  const int columns = static_cast<int>(lesser(kTile, t.batch - j));
   int end = 1;
   while (end < columns && t.labels[t.order[j + end]] == label) ++end;
   select_largest(distances, {begin, kTile, 0, end, false}, i, j, t.batch, t.k,
@@ -77,19 +76,20 @@ __device__ void select_cross(const RangeTiles<T>& t, const Compute<T>* distances
 template <class T>
 __device__ void range_tiles(const RangeTiles<T>& t, std::int64_t tile_row, std::int64_t offset) {
   FACELT_SHARED(std::int64_t, labels, kTile);
-  const std::int64_t i = tile_row * kTile;
-  for (int r = threadIdx.x; r < kTile && i + r < t.batch; r += kTileThreads) {
+  const std::int64_t i = tile_row * kTile, samples = *t.taking_part;
+  for (int r = threadIdx.x; r < kTile && i + r < samples; r += kTileThreads) {
     labels[r] = t.labels[t.order[i + r]];
   }
   __syncthreads();
-  for (std::int64_t tile = tile_row + offset; tile * kTile < t.batch; tile += kColumnBlocks) {
+  for (std::int64_t tile = tile_row + offset; tile * kTile < samples; tile += kColumnBlocks) {
     const std::int64_t j = tile * kTile;
     if (tile != tile_row && t.labels[t.order[j]] != labels[kTile - 1]) break;
-    const Compute<T>* distances = distance_tile(t.features, t.dimensions, t.order, t.batch, i, j);
+    const Compute<T>* distances = distance_tile(t.features, t.dimensions, t.order, samples, i, j);
+    const int columns = static_cast<int>(lesser(kTile, samples - j));
     if (tile == tile_row) {
-      select_diagonal(t, distances, labels, i);
+      select_diagonal(t, distances, labels, i, columns);
     } else {
-      select_cross(t, distances, labels, i, j);
+      select_cross(t, distances, labels, i, j, columns);
     }
   }
 }
@@ -130,6 +130,12 @@ __global__ void pair_gradients_kernel(PairGradients<T> g) {
   using A = Compute<T>;
   const std::int64_t i = blockIdx.x;
   const std::int64_t s = g.segment[i];
+  if (s < 0) {
+    for (std::int64_t d = threadIdx.x; d < g.dimensions; d += kGradientThreads) {
+      g.grad_features[i * g.dimensions + d] = narrow<T>(A(0));
+    }
+    return;
+  }
   const CenterGradient<A>& center = g.center;
   const A grad_loss = center.gradient ? *center.grad_loss : A(1);
   A center_share = 0, start = s < g.rows ? A(0) : A(NAN);
@@ -195,6 +201,7 @@ void class_ranges_forward(const TensorView& features, const TensorView& labels,
   require_ranges(k);
   const int device = features.device;
   const auto* position = pointer<const std::int64_t>(order, "order", kIndex, batch, device);
+  const auto* starts = pointer<const std::int64_t>(offsets, "offsets", kIndex, batch + 1, device);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using T = decltype(zero);
     using A = Compute<T>;
@@ -203,14 +210,14 @@ void class_ranges_forward(const TensorView& features, const TensorView& labels,
         pointer<const T>(features, "features", Scalar<T>::kType, batch * dimensions, device),
         pointer<const std::int64_t>(labels, "labels", kIndex, batch, device),
         position,
+        starts + batch,
         batch,
         dimensions,
         k,
         TileCandidates<A>(arena, batch, k)};
     launch_range_tiles(tiles, nullptr, stream_of(execution));
     launch(merge_classes_kernel<A>, blocks_for(rows, kMergeThreads / kWarp), kMergeThreads, 0,
-           stream_of(execution), tiles.candidates, position,
-           pointer<const std::int64_t>(offsets, "offsets", kIndex, batch + 1, device),
+           stream_of(execution), tiles.candidates, position, starts,
            pointer<const std::int64_t>(num_classes, "num_classes", kIndex, 1, device), batch, rows,
            k, squared, pointer<A>(ranges, "ranges", Scalar<A>::kType, rows * k, device),
            pointer<std::int64_t>(pairs, "pairs", kIndex, rows * k * 2, device));

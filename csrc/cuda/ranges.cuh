@@ -25,6 +25,7 @@ struct RangeTiles {
   const T* features;
   const std::int64_t* labels;
   const std::int64_t* order;
+  const std::int64_t* taking_part;  // [1] so many samples of `order`
   std::int64_t batch, dimensions, k;
   TileCandidates<Compute<T>> candidates;
 };
@@ -89,7 +90,7 @@ struct CenterGradient {
 };
 
 // grad_i = center's share + sum over the pairs (i, o) of i's class of pair_scale * (x_i - x_o), all
-// times *grad_loss where a center is given. NaN for a segment beyond `rows`.
+// times *grad_loss where a center is given. 0 for a segment of -1, NaN for one beyond `rows`.
 template <class T>
 struct PairGradients {
   const T* features;

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
-from facelt_ext._checks import check_count, check_flag, check_integers, check_matrix
+from facelt_ext._checks import (
+    check_count,
+    check_flag,
+    check_ignore_index,
+    check_integers,
+    check_matrix,
+)
 from facelt_ext._operators import operator
 from facelt_ext.functional._second_order import gradient_through_reference
 from facelt_ext.functional.groups import classes_and_counts, group_labels, number_of_classes
@@ -12,7 +18,11 @@ from facelt_ext.types import ClassCentroids, MinCentroidDistance, compute_dtype
 
 
 def class_centroids(
-    features: Tensor, labels: Tensor, *, max_classes: int | None = None
+    features: Tensor,
+    labels: Tensor,
+    *,
+    max_classes: int | None = None,
+    ignore_index: int | None = -100,
 ) -> ClassCentroids:
     """The mean feature of each class in the batch (Range Loss, eq. 4).
 
@@ -22,6 +32,8 @@ def class_centroids(
         max_classes: the number of rows to give, for no host synchronisation on CUDA and for
             torch.compile. None gives exactly as many as there are classes. A number too small is a
             ValueError on CPU; on CUDA the centroids are NaN, unless `debug_checks` are on.
+        ignore_index: samples with this label take no part, and their gradient is 0, whatever their
+            features are. None: every label is a class.
 
     Returns:
         ClassCentroids: `classes` int64 [C] in ascending order; `centroids` [C, D], float64 for
@@ -35,12 +47,17 @@ def class_centroids(
     labels = check_integers(labels, "labels", features, "features")
     if max_classes is not None:
         max_classes = check_count(max_classes, "max_classes", minimum=0)
+    ignore_index = check_ignore_index(ignore_index)
     backend = _backend.of_call("class_centroids", features)
     if backend == "reference":
-        return reference.class_centroids(features, labels, max_classes=max_classes)
-    groups = group_labels(labels, backend)
+        return reference.class_centroids(
+            features, labels, max_classes=max_classes, ignore_index=ignore_index
+        )
+    groups = group_labels(labels, ignore_index, backend)
     rows = number_of_classes(groups, max_classes)
-    centroids, counts = ClassCentroidsFunction.apply(features, labels, groups, rows, backend)
+    centroids, counts = ClassCentroidsFunction.apply(
+        features, labels, groups, rows, ignore_index, backend
+    )
     return ClassCentroids(classes_and_counts(labels, groups, rows)[0], centroids, counts)
 
 
@@ -79,7 +96,7 @@ def min_centroid_distance(
 
 class ClassCentroidsFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, labels, groups, rows, backend):
+    def forward(ctx, features, labels, groups, rows, ignore_index, backend):
         centroids, counts = _centroids_forward(
             features,
             groups.order,
@@ -89,7 +106,7 @@ class ClassCentroidsFunction(torch.autograd.Function):
             backend,
         )
         ctx.save_for_backward(features, labels, groups.segment, counts)
-        ctx.backend = backend
+        ctx.ignore_index, ctx.backend = ignore_index, backend
         ctx.mark_non_differentiable(counts)
         return centroids, counts
 
@@ -99,12 +116,14 @@ class ClassCentroidsFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
 
             def again(x: Tensor) -> Tensor:
-                return reference.class_centroids(x, labels, max_classes=len(counts)).centroids
+                return reference.class_centroids(
+                    x, labels, max_classes=len(counts), ignore_index=ctx.ignore_index
+                ).centroids
 
             grad = gradient_through_reference(again, features, grad_centroids)
         else:
             grad = _centroids_backward(grad_centroids, segment, counts, features.dtype, ctx.backend)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 class MinCentroidDistanceFunction(torch.autograd.Function):

@@ -10,6 +10,7 @@ from facelt_ext._checks import (
     check_choice,
     check_class_range,
     check_flag,
+    check_ignore_index,
     check_integers,
     check_matrix,
     check_number,
@@ -18,7 +19,8 @@ from facelt_ext._checks import (
 from facelt_ext._operators import operator
 from facelt_ext.functional._reductions import REDUCTIONS
 from facelt_ext.functional._second_order import gradient_through_reference
-from facelt_ext.reference.cluster_margin import sample_losses
+from facelt_ext.reference.cluster_margin import sample_losses, weighted
+from facelt_ext.reference.margin_softmax import reduced
 from facelt_ext.types import compute_dtype
 
 # With more clusters than this the products are torch's, with fewer they are made between the rest.
@@ -37,6 +39,7 @@ def cluster_margin_loss(
     sample_weight: Tensor | None = None,
     normalize_centroids: bool = False,
     reduction: str = "mean",
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """The cluster-based large margin local embedding loss (CLMLE, Huang et al., TPAMI 2020, eq. 9).
 
@@ -51,13 +54,15 @@ def cluster_margin_loss(
     Args:
         features: [B, D], float64, float32, bfloat16 or float16, as a rule of length 1, which is
             left to the caller.
-        cluster_index: [B], the cluster of each sample, integers in [0, M).
+        cluster_index: [B], the cluster of each sample, integers in [0, M) or `ignore_index`.
         cluster_class: [M], the class of each cluster, any integers.
         between_margin: a1, to clusters of other classes.
         within_margin: a2, to clusters of the same class.
         sample_weight: [B], factors of the losses; no gradient goes to them.
         normalize_centroids: divides centroids by their norms; a centroid of zeros stays.
-        reduction: "mean" over the samples (of none it is 0), "sum" or "none".
+        reduction: "mean" over the samples that take part (of none it is 0), "sum" or "none".
+        ignore_index: samples with this cluster_index take no part; their loss and their gradient
+            are 0, whatever their features are. None: no number is ignored.
 
     All is reckoned in float32 (float64 for float64), halves too.
 
@@ -78,6 +83,7 @@ def cluster_margin_loss(
         sample_weight=sample_weight,
         normalize_centroids=normalize_centroids,
         reduction=reduction,
+        ignore_index=ignore_index,
     )[0]
 
 
@@ -91,6 +97,7 @@ def cluster_margin_losses(
     sample_weight: Tensor | None,
     normalize_centroids: bool,
     reduction: str,
+    ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and of each sample the unweighted one, [B], without a gradient."""
     features = check_matrix(features, "features")
@@ -117,29 +124,26 @@ def cluster_margin_losses(
     reduction = check_choice(reduction, "reduction", REDUCTIONS)
     if sample_weight is not None:
         sample_weight = _check_sample_weight(sample_weight, features)
+    ignore_index = check_ignore_index(ignore_index)
     backend = _backend.of_call("cluster_margin_loss", features, traceable=True)
     if backend == "reference" or _backend.debugging():
-        check_class_range(cluster_index, "cluster_index", cluster_class.shape[0], None)
+        check_class_range(cluster_index, "cluster_index", cluster_class.shape[0], ignore_index)
     margins = float(between_margin), float(within_margin), normalize_centroids
     if backend == "reference":
         with autocast_off(features.device.type):
-            losses = sample_losses(features, cluster_index, cluster_class, *margins)
-            return _reduced(losses, sample_weight, reduction), losses.detach()
+            losses, taking_part = sample_losses(
+                features, cluster_index, cluster_class, *margins, ignore_index
+            )
+            loss = reduced(weighted(losses, sample_weight, taking_part), taking_part, reduction)
+            return loss, losses.detach()
     if features.dtype != dtype:
         features = features.to(dtype)
     if sample_weight is not None:
         sample_weight = sample_weight.to(dtype)
     return ClusterMarginFunction.apply(
-        features, cluster_index, cluster_class, sample_weight, (*margins, reduction, backend)
-    )
-
-
-def _reduced(losses: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
-    if sample_weight is not None:
-        losses = sample_weight.to(losses.dtype) * losses
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / max(losses.shape[0], 1)
+        features, cluster_index, cluster_class, sample_weight,
+        (*margins, reduction, ignore_index, backend),
+    )  # fmt: skip
 
 
 def _check_sample_weight(sample_weight: Tensor, features: Tensor) -> Tensor:
@@ -176,11 +180,13 @@ class ClusterMarginFunction(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         features, cluster_index, cluster_class, sample_weight, state = ctx.saved_tensors
         if torch.is_grad_enabled():
-            *margins, reduction, _ = ctx.options
+            *margins, reduction, ignore_index, _ = ctx.options
 
             def again(x: Tensor) -> Tensor:
-                losses = sample_losses(x, cluster_index, cluster_class, *margins)
-                return _reduced(losses, sample_weight, reduction)
+                losses, taking_part = sample_losses(
+                    x, cluster_index, cluster_class, *margins, ignore_index
+                )
+                return reduced(weighted(losses, sample_weight, taking_part), taking_part, reduction)
 
             grad = gradient_through_reference(again, features, grad_loss)
         else:
@@ -188,11 +194,16 @@ class ClusterMarginFunction(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-OPTIONS = "float between_margin, float within_margin, bool normalize, str reduction, str backend"
+OPTIONS = (
+    "float between_margin, float within_margin, bool normalize, str reduction,"
+    " SymInt? ignore_index, str backend"
+)
 
 
-def _native_options(between: float, within: float, normalize: bool, reduction: str) -> tuple:
-    return between, within, normalize, REDUCTIONS.index(reduction)
+def _native_options(
+    between: float, within: float, normalize: bool, reduction: str, ignore_index: int | None
+) -> tuple:
+    return between, within, normalize, REDUCTIONS.index(reduction), ignore_index
 
 
 def _products(state: Tensor, features: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
@@ -202,9 +213,23 @@ def _products(state: Tensor, features: Tensor, clusters: int) -> tuple[Tensor, T
     return state[: batch * clusters].view(batch, clusters), centroids.view(clusters, dimensions)
 
 
+def _without_ignored(
+    gradient: Tensor,
+    features: Tensor,
+    cluster_index: Tensor,
+    taking_part: Tensor,
+    ignore_index: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Both with rows of zeros for ignored samples: 0 times what is not finite would be NaN."""
+    if ignore_index is None or (features.is_cpu and taking_part == len(features)):
+        return gradient, features
+    ignored = (cluster_index == ignore_index)[:, None]
+    return gradient.masked_fill(ignored, 0), features.masked_fill(ignored, 0)
+
+
 def _forward_fake(
     features, cluster_index, cluster_class, sample_weight, between, within, normalize, reduction,
-    backend,
+    ignore_index, backend,
 ):  # fmt: skip
     batch, dimensions = features.shape
     clusters = cluster_class.shape[0]
@@ -212,7 +237,7 @@ def _forward_fake(
     return (
         features.new_empty(batch if reduction == "none" else ()),
         features.new_empty(batch),
-        features.new_empty((batch + dimensions + 2) * clusters + 1),
+        features.new_empty((batch + dimensions + 2) * clusters + 2),
     )
 
 
@@ -245,7 +270,7 @@ def _forward(features, cluster_index, cluster_class, sample_weight, *rest):
 
 def _backward_fake(
     grad_loss, features, cluster_index, state, between, within, normalize, reduction,
-    backend,
+    ignore_index, backend,
 ):  # fmt: skip
     return torch.empty_like(features, memory_format=torch.contiguous_format)
 
@@ -260,7 +285,7 @@ def _backward(grad_loss, features, cluster_index, state, *rest):
     features, grad_loss = features.contiguous(), grad_loss.contiguous()
     batch, dimensions = features.shape
     # The state is laid out in csrc/cluster_margin.h.
-    clusters = (len(state) - 1) // (batch + dimensions + 2)
+    clusters = (len(state) - 2) // (batch + dimensions + 2)
     grad_centroids = features.new_empty(clusters, dimensions)
     grad_features = torch.empty_like(features)
     part = WHOLE
@@ -268,7 +293,8 @@ def _backward(grad_loss, features, cluster_index, state, *rest):
         part = AFTER_PRODUCTS
         gradient, centroids = _products(state, features, clusters)
         gradient = gradient * grad_loss.view(-1, 1)
-        torch.mm(gradient.t(), features, out=grad_centroids)
+        gradient, rows = _without_ignored(gradient, features, cluster_index, state[-1], options[-1])
+        torch.mm(gradient.t(), rows, out=grad_centroids)
         torch.mm(gradient, centroids, out=grad_features)
     _native.run(
         backend, features, "cluster_margin_backward", grad_loss, features,

@@ -8,7 +8,9 @@ from facelt_ext._operators import operator
 from facelt_ext.types import Groups
 
 
-def _fake(labels: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(
+    labels: Tensor, ignore_index: int | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch = labels.shape[0]
     return (
         torch.empty_like(labels, memory_format=torch.contiguous_format),
@@ -18,18 +20,24 @@ def _fake(labels: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]
     )
 
 
-@operator("group_labels(Tensor labels, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _fake)
-def _group_labels(labels: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@operator(
+    "group_labels(Tensor labels, SymInt? ignore_index, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+def _group_labels(
+    labels: Tensor, ignore_index: int | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     labels = labels.contiguous()
-    outputs = _fake(labels, backend)
+    outputs = _fake(labels, ignore_index, backend)
     workspace = _native.workspace(backend, labels, "group_labels", labels.shape[0])
-    _native.run(backend, labels, "group_labels", labels, *outputs, workspace)
+    _native.run(backend, labels, "group_labels", labels, ignore_index, *outputs, workspace)
     return outputs
 
 
-def group_labels(labels: Tensor, backend: str) -> Groups:
+def group_labels(labels: Tensor, ignore_index: int | None, backend: str) -> Groups:
     """Puts int64 labels [B] into classes, without a host synchronisation; no gradient."""
-    return Groups(*_group_labels(labels, backend))
+    return Groups(*_group_labels(labels, ignore_index, backend))
 
 
 def number_of_classes(groups: Groups, max_classes: int | None) -> int:
@@ -48,7 +56,7 @@ def classes_and_counts(labels: Tensor, groups: Groups, rows: int) -> tuple[Tenso
     batch = labels.shape[0]
     offsets = groups.offsets
     if rows > batch:
-        offsets = torch.nn.functional.pad(offsets, (0, rows - batch), value=batch)
+        offsets = torch.cat([offsets, offsets[-1:].expand(rows - batch)])
     counts = offsets[1 : rows + 1] - offsets[:rows]
     if batch == 0:
         return torch.zeros_like(counts), counts

@@ -9,6 +9,7 @@ from facelt_ext import _backend, _native, reference
 from facelt_ext._autocast import autocast_off
 from facelt_ext._checks import (
     check_choice,
+    check_ignore_index,
     check_integers,
     check_matrix,
     check_number,
@@ -27,6 +28,7 @@ def quintuplet_loss(
     *,
     margins: Sequence[float],
     reduction: str = "mean",
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """The triple-header hinge loss over quintuplets (LMLE, Huang et al., CVPR 2016; TPAMI 2020,
     eqs. 4-5), mined in the batch.
@@ -48,6 +50,8 @@ def quintuplet_loss(
         margins: g1, g2 and g3, in squared distances.
         reduction: "mean" over the anchors with at least one hinge (of none it is 0), "sum" or
             "none".
+        ignore_index: samples with this label are no anchors and nobody's neighbors; their loss and
+            their gradient are 0, whatever their features are. None: every label is a class.
 
     All is reckoned in float32 (float64 for float64), halves too. No B x B tensor is made.
 
@@ -65,13 +69,17 @@ def quintuplet_loss(
     dtype = compute_dtype(features.dtype)
     margins = check_margins(margins, dtype)
     reduction = check_choice(reduction, "reduction", REDUCTIONS)
+    ignore_index = check_ignore_index(ignore_index)
     backend = _backend.of_call("quintuplet_loss", features)
     if backend == "reference":
         with autocast_off(features.device.type):
             return reference.quintuplet_loss(
-                features, labels, cluster_index, margins=margins, reduction=reduction
-            )
-    arguments = (features.to(dtype), labels, cluster_index, *margins, reduction, backend)
+                features, labels, cluster_index, margins=margins, reduction=reduction,
+                ignore_index=ignore_index,
+            )  # fmt: skip
+    arguments = (
+        features.to(dtype), labels, cluster_index, *margins, reduction, ignore_index, backend,
+    )  # fmt: skip
     return _forward(*arguments)[0] if is_exporting() else QuintupletFunction.apply(*arguments)
 
 
@@ -98,27 +106,30 @@ class QuintupletFunction(torch.autograd.Function):
     def backward(ctx, grad_loss):
         features, labels, cluster_index, *state = ctx.saved_tensors
         if torch.is_grad_enabled():
-            *margins, reduction, _ = ctx.options
+            *margins, reduction, ignore_index, _ = ctx.options
 
             def again(x: Tensor) -> Tensor:
                 return reference.quintuplet_loss(
-                    x, labels, cluster_index, margins=margins, reduction=reduction
-                )
+                    x, labels, cluster_index, margins=margins, reduction=reduction,
+                    ignore_index=ignore_index,
+                )  # fmt: skip
 
             grad = gradient_through_reference(again, features, grad_loss)
         else:
             grad = _backward(grad_loss, features, *state, *ctx.options)
-        return grad, *[None] * 7
+        return grad, *[None] * 8
 
 
-OPTIONS = "float g1, float g2, float g3, str reduction, str backend"
+OPTIONS = "float g1, float g2, float g3, str reduction, SymInt? ignore_index, str backend"
 
 
-def _native_options(g1: float, g2: float, g3: float, reduction: str) -> tuple:
-    return g1, g2, g3, REDUCTIONS.index(reduction)
+def _native_options(
+    g1: float, g2: float, g3: float, reduction: str, ignore_index: int | None
+) -> tuple:
+    return g1, g2, g3, REDUCTIONS.index(reduction), ignore_index
 
 
-def _forward_fake(features, labels, cluster_index, g1, g2, g3, reduction, backend):
+def _forward_fake(features, labels, cluster_index, g1, g2, g3, reduction, ignore_index, backend):
     batch = features.shape[0]
     # The state is laid out in csrc/quintuplets.h.
     return (
@@ -159,7 +170,9 @@ def _forward(features, labels, cluster_index, *rest):
     return outputs
 
 
-def _backward_fake(grad_loss, features, neighbors, state, g1, g2, g3, reduction, backend):
+def _backward_fake(
+    grad_loss, features, neighbors, state, g1, g2, g3, reduction, ignore_index, backend
+):
     return torch.empty_like(features, memory_format=torch.contiguous_format)
 
 

@@ -7,6 +7,7 @@ from facelt_ext import _backend, _native, reference
 from facelt_ext._checks import (
     check_count,
     check_flag,
+    check_ignore_index,
     check_integers,
     check_matrix,
     check_number,
@@ -26,6 +27,7 @@ def range_loss(
     alpha: float = 1e-5,
     beta: float = 1e-4,
     squared: bool = True,
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """Range Loss for long-tailed data (Zhang et al., arXiv:1611.08976, eqs. 1-7).
 
@@ -45,6 +47,8 @@ def range_loss(
         alpha: weight of the intra term.
         beta: weight of the inter term.
         squared: squared Euclidean distances, as in the paper; otherwise the distances.
+        ignore_index: samples with this label take no part, and their gradient is 0, whatever their
+            features are. None: every label is a class.
 
     Returns:
         The loss, []: float64 for float64 features, float32 otherwise. There is no host
@@ -61,46 +65,52 @@ def range_loss(
     alpha = check_number(alpha, "alpha", dtype)
     beta = check_number(beta, "beta", dtype)
     squared = check_flag(squared, "squared")
+    ignore_index = check_ignore_index(ignore_index)
     backend = _backend.of_call("range_loss", features)
     # No class has more pairs than the batch; larger numbers would only cost memory.
     k = max(1, min(k, features.shape[0] * (features.shape[0] - 1) // 2))
     if backend == "reference":
         return reference.range_loss(
-            features, labels, k=k, margin=margin, alpha=alpha, beta=beta, squared=squared
-        )
-    arguments = (features, labels, k, float(margin), float(alpha), float(beta), squared, backend)
+            features, labels, k=k, margin=margin, alpha=alpha, beta=beta, squared=squared,
+            ignore_index=ignore_index,
+        )  # fmt: skip
+    arguments = (
+        features, labels, k, float(margin), float(alpha), float(beta), squared, ignore_index,
+        backend,
+    )  # fmt: skip
     return _forward(*arguments)[0] if is_exporting() else RangeLossFunction.apply(*arguments)
 
 
 class RangeLossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, labels, k, margin, alpha, beta, squared, backend):
+    def forward(ctx, features, labels, k, margin, alpha, beta, squared, ignore_index, backend):
         loss, state_index, state_value = _forward(
-            features, labels, k, margin, alpha, beta, squared, backend
+            features, labels, k, margin, alpha, beta, squared, ignore_index, backend
         )
         ctx.save_for_backward(features, labels, state_index, state_value)
-        ctx.options = (k, margin, alpha, beta, squared)
+        ctx.options = (k, margin, alpha, beta, squared, ignore_index)
         ctx.backend = backend
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         features, labels, state_index, state_value = ctx.saved_tensors
-        k, margin, alpha, beta, squared = ctx.options
+        k, margin, alpha, beta, squared, ignore_index = ctx.options
         if torch.is_grad_enabled():
 
             def again(x: Tensor) -> Tensor:
                 return reference.range_loss(
-                    x, labels, k=k, margin=margin, alpha=alpha, beta=beta, squared=squared
-                )
+                    x, labels, k=k, margin=margin, alpha=alpha, beta=beta, squared=squared,
+                    ignore_index=ignore_index,
+                )  # fmt: skip
 
             grad = gradient_through_reference(again, features, grad_loss)
         else:
             grad = _backward(grad_loss, features, k, state_index, state_value, ctx.backend)
-        return grad, None, None, None, None, None, None, None
+        return grad, *[None] * 8
 
 
-def _forward_fake(features, labels, k, margin, alpha, beta, squared, backend):
+def _forward_fake(features, labels, k, margin, alpha, beta, squared, ignore_index, backend):
     batch, dimensions = features.shape
     dtype = compute_dtype(features.dtype)
     # The state is laid out in csrc/range_loss_state.h.
@@ -125,17 +135,17 @@ def _gradient(ctx, grad_loss, *_):
 
 @operator(
     "range_loss_forward(Tensor features, Tensor labels, SymInt k, float margin, float alpha,"
-    " float beta, bool squared, str backend) -> (Tensor, Tensor, Tensor)",
+    " float beta, bool squared, SymInt? ignore_index, str backend) -> (Tensor, Tensor, Tensor)",
     _forward_fake,
     gradient=(_setup_context, _gradient),
 )
-def _forward(features, labels, k, margin, alpha, beta, squared, backend):
+def _forward(features, labels, k, margin, alpha, beta, squared, ignore_index, backend):
     features, labels = features.contiguous(), labels.contiguous()
-    outputs = _forward_fake(features, labels, k, margin, alpha, beta, squared, backend)
+    options = (k, margin, alpha, beta, squared, ignore_index)
+    outputs = _forward_fake(features, labels, *options, backend)
     workspace = _native.workspace(
         backend, features, "range_loss", *features.shape, k, outputs[0].element_size()
     )
-    options = (k, margin, alpha, beta, squared)
     _native.run(
         backend, features, "range_loss_forward", features, labels, options, *outputs, workspace
     )

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
-from facelt_ext._checks import check_count, check_flag, check_integers, check_matrix
+from facelt_ext._checks import (
+    check_count,
+    check_flag,
+    check_ignore_index,
+    check_integers,
+    check_matrix,
+)
 from facelt_ext._operators import operator
 from facelt_ext.functional._second_order import gradient_through_reference
 from facelt_ext.functional.groups import classes_and_counts, group_labels, number_of_classes
@@ -18,6 +24,7 @@ def class_ranges(
     *,
     squared: bool = True,
     max_classes: int | None = None,
+    ignore_index: int | None = -100,
 ) -> ClassRanges:
     """The k largest distances between samples of each class in the batch (Range Loss, eq. 2).
 
@@ -33,6 +40,8 @@ def class_ranges(
         max_classes: the number of rows to give, for no host synchronisation on CUDA and for
             torch.compile. None gives exactly as many as there are classes. A number too small is a
             ValueError on CPU; on CUDA the ranges are NaN, unless `debug_checks` are on.
+        ignore_index: samples with this label take no part, and their gradient is 0, whatever their
+            features are. None: every label is a class.
 
     Returns:
         ClassRanges: `classes` int64 [C]; `ranges` [C, k], float64 for float64 features and float32
@@ -49,25 +58,30 @@ def class_ranges(
     squared = check_flag(squared, "squared")
     if max_classes is not None:
         max_classes = check_count(max_classes, "max_classes", minimum=0)
+    ignore_index = check_ignore_index(ignore_index)
     backend = _backend.of_call("class_ranges", features)
     if backend == "reference":
-        return reference.class_ranges(features, labels, k, squared=squared, max_classes=max_classes)
-    groups = group_labels(labels, backend)
+        return reference.class_ranges(
+            features, labels, k, squared=squared, max_classes=max_classes, ignore_index=ignore_index
+        )
+    groups = group_labels(labels, ignore_index, backend)
     rows = number_of_classes(groups, max_classes)
-    ranges, pairs = ClassRangesFunction.apply(features, labels, groups, rows, k, squared, backend)
+    ranges, pairs = ClassRangesFunction.apply(
+        features, labels, groups, rows, k, squared, ignore_index, backend
+    )
     classes, counts = classes_and_counts(labels, groups, rows)
     return ClassRanges(classes, ranges, pairs, counts)
 
 
 class ClassRangesFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, labels, groups, rows, k, squared, backend):
+    def forward(ctx, features, labels, groups, rows, k, squared, ignore_index, backend):
         ranges, pairs = _forward(
             features, labels, groups.order, groups.offsets, groups.num_classes, rows, k, squared,
             backend,
         )  # fmt: skip
         ctx.save_for_backward(features, labels, groups.segment, ranges, pairs)
-        ctx.squared, ctx.backend = squared, backend
+        ctx.squared, ctx.ignore_index, ctx.backend = squared, ignore_index, backend
         ctx.mark_non_differentiable(pairs)
         return ranges, pairs
 
@@ -79,8 +93,9 @@ class ClassRangesFunction(torch.autograd.Function):
 
             def again(x: Tensor) -> Tensor:
                 return reference.class_ranges(
-                    x, labels, k, squared=ctx.squared, max_classes=rows
-                ).ranges
+                    x, labels, k, squared=ctx.squared, max_classes=rows,
+                    ignore_index=ctx.ignore_index,
+                ).ranges  # fmt: skip
 
             grad = gradient_through_reference(again, features, grad_ranges)
         else:
@@ -89,7 +104,7 @@ class ClassRangesFunction(torch.autograd.Function):
                 scale = torch.where(ranges == 0, 0, scale)
             scale = torch.where(ranges.isnan(), ranges, scale)
             grad = _backward(features, segment, pairs, scale, ctx.backend)
-        return grad, None, None, None, None, None, None
+        return grad, *[None] * 7
 
 
 def _forward_fake(features, labels, order, offsets, num_classes, rows, k, squared, backend):

@@ -5,10 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from facelt_ext._checks import check_count, check_flag, check_number
+from facelt_ext._checks import check_count, check_flag, check_ignore_index, check_number
 from facelt_ext.functional.cluster_margin import cluster_margin_losses
 from facelt_ext.losses._arguments import check_indices_tuple, is_step
-from facelt_ext.losses._cluster_batch import checked_cluster_batch
+from facelt_ext.losses._cluster_batch import ClusterBatch, checked_cluster_batch
+
+# In place of an ignored sample's cluster; any number that is no cluster's.
+NO_CLUSTER = -100
 
 
 def between_margin_max(num_classes: int) -> float:
@@ -51,12 +54,15 @@ class CLMLELoss(nn.Module):
         samples_per_cluster: samples of each cluster in a batch.
         cost_sensitive: whether classes count alike; otherwise samples do.
         normalize_centroids: divides centroids by their norms.
+        ignore_index: samples with this label take no part, and their gradient is 0; a cluster may
+            hold some of them, or be made of them. B and n_c do not count them. None: every label is
+            a class.
 
     Attributes:
-        sample_losses: [B], the unweighted losses of the last batch, without a gradient; None before
-            the first, and in what DataParallel wraps, whose copies are thrown away; those of
-            activation checkpointing are of the first run. All arguments may be changed between
-            steps.
+        sample_losses: [B], the unweighted losses of the last batch, without a gradient, 0 for
+            ignored samples; None before the first, and in what DataParallel wraps, whose copies are
+            thrown away; those of activation checkpointing are of the first run. All arguments may
+            be changed between steps.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class CLMLELoss(nn.Module):
         samples_per_cluster: int = 20,
         cost_sensitive: bool = True,
         normalize_centroids: bool = False,
+        ignore_index: int | None = -100,
     ) -> None:
         super().__init__()
         self.between_margin = check_number(between_margin, "between_margin", torch.float32)
@@ -74,48 +81,59 @@ class CLMLELoss(nn.Module):
         self.samples_per_cluster = check_count(samples_per_cluster, "samples_per_cluster")
         self.cost_sensitive = check_flag(cost_sensitive, "cost_sensitive")
         self.normalize_centroids = check_flag(normalize_centroids, "normalize_centroids")
+        self.ignore_index = check_ignore_index(ignore_index)
         self.sample_losses: Tensor | None = None
 
     def forward(self, features: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
         """features [B, D] and integer labels [B] -> the loss, [].
 
-        A zero feature stays zero. The label of a cluster is that of its first sample.
+        A zero feature stays zero. The label of a cluster is that of its first sample that is not
+        ignored.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype, shape or device; B is no
                 multiple of `samples_per_cluster`.
         """
         check_indices_tuple(indices_tuple)
-        units, labels, cluster_index = checked_cluster_batch(
-            features, labels, self.samples_per_cluster
-        )
-        cluster_class = labels[:: self.samples_per_cluster]
+        batch = checked_cluster_batch(features, labels, self.samples_per_cluster, self.ignore_index)
+        cluster_class = self._cluster_classes(batch)
+        cost_sensitive = check_flag(self.cost_sensitive, "cost_sensitive")
         loss, losses = cluster_margin_losses(
-            units,
-            cluster_index,
+            batch.units,
+            torch.where(batch.taking_part, batch.cluster_index, NO_CLUSTER),
             cluster_class,
             between_margin=self.between_margin,
             within_margin=self.within_margin,
-            sample_weight=self._weights(cluster_class, units.dtype)
-            if check_flag(self.cost_sensitive, "cost_sensitive")
-            else None,
+            sample_weight=self._weights(cluster_class, batch) if cost_sensitive else None,
             normalize_centroids=self.normalize_centroids,
-            reduction="mean",
+            reduction="sum" if cost_sensitive else "mean",
+            ignore_index=NO_CLUSTER,
         )
         if is_step():
             self.sample_losses = losses
         return loss
 
-    def _weights(self, cluster_class: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of each sample. No sizes are read: on CUDA that would wait for the device."""
-        same = (cluster_class[:, None] == cluster_class).sum(1).to(dtype)
-        classes = same.reciprocal().sum()
-        return (same.shape[0] / (classes * same)).repeat_interleave(self.samples_per_cluster)
+    def _cluster_classes(self, batch: ClusterBatch) -> Tensor:
+        """The label of each cluster's first sample that takes part."""
+        shape = (-1, self.samples_per_cluster)
+        first = batch.taking_part.unflatten(0, shape).max(1).indices
+        return batch.labels.unflatten(0, shape).gather(1, first[:, None])[:, 0]
+
+    def _weights(self, cluster_class: Tensor, batch: ClusterBatch) -> Tensor:
+        """Of each sample, divided by B: the mean becomes a sum. No sizes are read: on CUDA that
+        would wait for the device."""
+        taking_part = batch.taking_part.unflatten(0, (-1, self.samples_per_cluster))
+        sizes = taking_part.sum(1, dtype=batch.units.dtype)
+        same_class = cluster_class[:, None] == cluster_class
+        # At least 1: a cluster that is ignored has no class.
+        samples = torch.where(same_class, sizes, 0).sum(1).clamp(min=1)
+        classes = (sizes / samples).sum()
+        return (1 / (classes * samples)).repeat_interleave(self.samples_per_cluster)
 
     def extra_repr(self) -> str:
         return (
             f"between_margin={self.between_margin}, within_margin={self.within_margin}, "
             f"samples_per_cluster={self.samples_per_cluster}, "
             f"cost_sensitive={self.cost_sensitive}, "
-            f"normalize_centroids={self.normalize_centroids}"
+            f"normalize_centroids={self.normalize_centroids}, ignore_index={self.ignore_index}"
         )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from facelt_ext._checks import check_count
+from facelt_ext._checks import check_count, check_ignore_index
 from facelt_ext.functional import quintuplet_loss
 from facelt_ext.functional.quintuplets import check_margins
 from facelt_ext.losses._arguments import check_indices_tuple
@@ -23,14 +23,32 @@ class LMLELoss(nn.Module):
     Args:
         margins: g1, g2 and g3, in squared distances, which are at most 4.
         samples_per_cluster: samples of each cluster in a batch.
+        ignore_index: samples with this label take no part, and their gradient is 0; a cluster may
+            hold some of them, or be made of them. None: every label is a class.
 
-    Both may be changed between steps.
+    All may be changed between steps.
     """
 
-    def __init__(self, margins: Sequence[float], *, samples_per_cluster: int = 20) -> None:
+    def __init__(
+        self,
+        margins: Sequence[float],
+        *,
+        samples_per_cluster: int = 20,
+        ignore_index: int | None = -100,
+    ) -> None:
         super().__init__()
-        self.margins = check_margins(margins, torch.float32)
+        self.margins = margins
         self.samples_per_cluster = check_count(samples_per_cluster, "samples_per_cluster")
+        self.ignore_index = check_ignore_index(ignore_index)
+
+    @property
+    def margins(self) -> tuple[float, float, float]:
+        # Apart: torch.compile takes a tuple of numbers for a constant.
+        return self._g1, self._g2, self._g3
+
+    @margins.setter
+    def margins(self, margins: Sequence[float]) -> None:
+        self._g1, self._g2, self._g3 = check_margins(margins, torch.float32)
 
     def forward(self, features: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
         """features [B, D] and integer labels [B] -> the loss, [].
@@ -42,10 +60,17 @@ class LMLELoss(nn.Module):
                 multiple of `samples_per_cluster`.
         """
         check_indices_tuple(indices_tuple)
-        units, labels, cluster_index = checked_cluster_batch(
-            features, labels, self.samples_per_cluster
+        batch = checked_cluster_batch(features, labels, self.samples_per_cluster, self.ignore_index)
+        return quintuplet_loss(
+            batch.units,
+            batch.labels,
+            batch.cluster_index,
+            margins=self.margins,
+            ignore_index=self.ignore_index,
         )
-        return quintuplet_loss(units, labels, cluster_index, margins=self.margins)
 
     def extra_repr(self) -> str:
-        return f"margins={self.margins}, samples_per_cluster={self.samples_per_cluster}"
+        return (
+            f"margins={self.margins}, samples_per_cluster={self.samples_per_cluster}, "
+            f"ignore_index={self.ignore_index}"
+        )

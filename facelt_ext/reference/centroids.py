@@ -3,14 +3,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from facelt_ext.reference.groups import taking_part
 from facelt_ext.types import ClassCentroids, MinCentroidDistance, compute_dtype
 
 
 def class_centroids(
-    features: Tensor, labels: Tensor, *, max_classes: int | None = None
+    features: Tensor,
+    labels: Tensor,
+    *,
+    max_classes: int | None = None,
+    ignore_index: int | None = -100,
 ) -> ClassCentroids:
     """See `facelt_ext.functional.class_centroids`."""
-    features = features.to(compute_dtype(features.dtype))
+    samples = taking_part(labels, ignore_index)
+    features, labels = features[samples].to(compute_dtype(features.dtype)), labels[samples]
     classes, segment, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     if max_classes is not None and max_classes < len(classes):
         raise ValueError(f"max_classes: {max_classes} is too small for {len(classes)} classes")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from facelt_ext.reference.margin_softmax import unit_rows
+from facelt_ext.reference.margin_softmax import reduced, unit_rows
 from facelt_ext.types import compute_dtype
 
 
@@ -17,16 +17,20 @@ def cluster_margin_loss(
     sample_weight: Tensor | None = None,
     normalize_centroids: bool = False,
     reduction: str = "mean",
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """See `facelt_ext.functional.cluster_margin_loss`."""
-    losses = sample_losses(
-        features, cluster_index, cluster_class, between_margin, within_margin, normalize_centroids
-    )
-    if sample_weight is not None:
-        losses = sample_weight.to(losses.dtype) * losses
-    if reduction == "none":
+    losses, taking_part = sample_losses(
+        features, cluster_index, cluster_class, between_margin, within_margin, normalize_centroids,
+        ignore_index,
+    )  # fmt: skip
+    return reduced(weighted(losses, sample_weight, taking_part), taking_part, reduction)
+
+
+def weighted(losses: Tensor, sample_weight: Tensor | None, taking_part: Tensor) -> Tensor:
+    if sample_weight is None:
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / max(losses.shape[0], 1)
+    return torch.where(taking_part, sample_weight, 0).to(losses.dtype) * losses
 
 
 def sample_losses(
@@ -36,14 +40,18 @@ def sample_losses(
     between_margin: float,
     within_margin: float,
     normalize_centroids: bool,
-) -> Tensor:
-    """Both hinges of eq. 9 for each sample, unweighted, [B].
+    ignore_index: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Both hinges of eq. 9 for each sample, unweighted, [B]; and which samples take part, [B].
 
     A sample whose cluster_index is out of range is in no cluster; it and its gradient are NaN.
     """
-    features = features.to(compute_dtype(features.dtype))
+    taking_part = torch.ones_like(cluster_index, dtype=torch.bool)
+    if ignore_index is not None:
+        taking_part = cluster_index != ignore_index
+    features = torch.where(taking_part[:, None], features.to(compute_dtype(features.dtype)), 0)
     num_clusters = cluster_class.shape[0]
-    valid = (cluster_index >= 0) & (cluster_index < num_clusters)
+    valid = taking_part & (cluster_index >= 0) & (cluster_index < num_clusters)
     cluster_index = torch.where(valid, cluster_index, 0)
     counts = features.new_zeros(num_clusters).index_add(0, cluster_index, valid.to(features.dtype))
     sums = features.new_zeros(num_clusters, features.shape[1])
@@ -60,8 +68,8 @@ def sample_losses(
     losses = losses + hinge(similarity, own, others & same_class, within_margin)
     # With no hinge at all, a feature that is not finite would go unnoticed.
     losses = torch.where(valid, losses + (own - own).detach(), 0)
-    poison = torch.where(valid, 0.0, torch.nan).to(features.dtype)
-    return losses + (features * poison[:, None]).sum(1)
+    poison = torch.where(valid | ~taking_part, 0.0, torch.nan).to(features.dtype)
+    return losses + (features * poison[:, None]).sum(1), taking_part
 
 
 def hinge(similarity: Tensor, own: Tensor, chosen: Tensor, margin: float) -> Tensor:

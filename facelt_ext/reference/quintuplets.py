@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from facelt_ext.reference.groups import taking_part
 from facelt_ext.types import compute_dtype
 
 
@@ -13,10 +14,12 @@ def quintuplet_loss(
     *,
     margins: tuple[float, float, float],
     reduction: str = "mean",
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """See `facelt_ext.functional.quintuplet_loss`."""
-    features = features.to(compute_dtype(features.dtype))
-    neighbors = quintuplets(features.detach(), labels, cluster_index)
+    batch, samples = len(features), taking_part(labels, ignore_index)
+    features = features[samples].to(compute_dtype(features.dtype))
+    neighbors = quintuplets(features.detach(), labels[samples], cluster_index[samples])
     losses, with_hinges = features.new_zeros(len(features)), features.new_zeros(len(features))
     # Unlike that of an index, the gradient of index_select is the same in each run.
     distances = [
@@ -32,7 +35,7 @@ def quintuplet_loss(
     poison = torch.where(features.isfinite().all(), 0.0, torch.nan).to(features.dtype)
     losses = torch.where(poison.isnan(), features.sum() * poison, losses)
     if reduction == "none":
-        return losses
+        return losses.new_zeros(batch).index_copy(0, samples, losses)
     if reduction == "sum":
         return losses.sum()
     return losses.sum() / with_hinges.sum().clamp(min=1)

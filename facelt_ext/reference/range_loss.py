@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from facelt_ext.reference.centroids import class_centroids, min_centroid_distance
+from facelt_ext.reference.groups import taking_part
 from facelt_ext.reference.ranges import class_ranges
 from facelt_ext.types import compute_dtype
 
@@ -17,14 +18,16 @@ def range_loss(
     alpha: float = 1e-5,
     beta: float = 1e-4,
     squared: bool = True,
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """See `facelt_ext.functional.range_loss`."""
-    features = features.to(compute_dtype(features.dtype))
+    samples = taking_part(labels, ignore_index)
+    features, labels = features[samples].to(compute_dtype(features.dtype)), labels[samples]
     if not features.isfinite().all():
         return (features * torch.nan).sum()
-    ranges, pairs = class_ranges(features, labels, k, squared=squared)[1:3]
+    ranges, pairs = class_ranges(features, labels, k, squared=squared, ignore_index=None)[1:3]
     intra = harmonic_means(ranges, pairs[..., 0] >= 0).sum()
-    _, centroids, counts = class_centroids(features, labels)
+    _, centroids, counts = class_centroids(features, labels, ignore_index=None)
     distance = min_centroid_distance(centroids, counts, squared=squared).distance
     inter = torch.relu(margin - distance)
     return alpha * intra + beta * inter

@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from facelt_ext.reference.groups import taking_part
 from facelt_ext.types import ClassRanges, compute_dtype
 
 
@@ -13,10 +14,11 @@ def class_ranges(
     *,
     squared: bool = True,
     max_classes: int | None = None,
+    ignore_index: int | None = -100,
 ) -> ClassRanges:
     """See `facelt_ext.functional.class_ranges`."""
     features = features.to(compute_dtype(features.dtype))
-    classes, counts = torch.unique(labels, return_counts=True)
+    classes, counts = torch.unique(labels[taking_part(labels, ignore_index)], return_counts=True)
     rows = [_ranges_of_class(features, (labels == c).nonzero()[:, 0], k) for c in classes]
     padding = (0 if max_classes is None else max_classes) - len(classes)
     if max_classes is not None and padding < 0:
