@@ -18,7 +18,7 @@ def unit_rows(x: Tensor, taking_part: Tensor) -> Tensor:
     taking_part: [B] booleans. The other rows have gradient 0, even where they are not finite, and
     their results have no meaning.
     """
-    backend = _backend.current()
+    backend = _backend.of_call("normalizing the features", x, traceable=True)
     if backend == "reference":
         return _reference(x, taking_part)
     return UnitRowsFunction.apply(x, taking_part, backend)

@@ -146,7 +146,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradient(ctx, grad_loss, *_):
-    return _backward(grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 7
+    return _backward(grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
 @operator(

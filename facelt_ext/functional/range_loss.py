@@ -130,7 +130,7 @@ def _setup_context(ctx, inputs, output):
 
 def _gradient(ctx, grad_loss, *_):
     features, *state = ctx.saved_tensors
-    return _backward(grad_loss, features, ctx.k, *state, ctx.backend), *[None] * 7
+    return _backward(grad_loss, features, ctx.k, *state, ctx.backend), *[None] * 8
 
 
 @operator(
