@@ -18,7 +18,8 @@ def checked_cluster_batch(
     batch = labels.shape[0]
     if batch % size:
         raise ValueError(
-            f"features: expected rows of whole clusters of {size} samples, got {batch} rows"
+            f"features: expected rows of whole clusters of samples_per_cluster = {size} samples, "
+            f"got {batch} rows"
         )
     wide = features.to(compute_dtype(features.dtype))
     units = nn.functional.normalize(wide, eps=torch.finfo(wide.dtype).tiny)
