@@ -150,10 +150,13 @@ def check_number(value: float, name: str, dtype: torch.dtype) -> float:
         if not isinstance(value, (np.integer, np.floating)):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         value = value.item()
+    elif isinstance(value, np.float64):  # which is a float
+        value = value.item()
     largest = LARGEST[dtype]
     if not -largest <= value <= largest:
         raise ValueError(f"{name}: expected a number that is finite in {dtype}, got {value}")
-    return value
+    # torch takes integers of 64 bits.
+    return float(value) if isinstance(value, int) and abs(value) > LARGEST_INTEGER else value
 
 
 def check_positive(value: float, name: str, dtype: torch.dtype) -> float:

@@ -126,7 +126,9 @@ def test_other_dtypes(place, dtype):
 def test_wrong_arguments():
     x, labels = batch()
     loss = CLMLELoss(0.6, 0.2, samples_per_cluster=SIZE)
-    with pytest.raises(ValueError, match="whole clusters of 3 samples, got 17 rows"):
+    with pytest.raises(
+        ValueError, match="whole clusters of samples_per_cluster = 3 samples, got 17 rows"
+    ):
         loss(x[1:], labels[1:])
     with pytest.raises(ValueError, match=r"labels: expected shape \[18\]"):
         loss(x, labels[1:])

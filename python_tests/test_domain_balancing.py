@@ -187,11 +187,29 @@ def test_a_changed_scale_makes_the_mean_anew():
     torch.testing.assert_close(loss.indicators(labels), domain.indicators[labels])
 
 
-@pytest.mark.parametrize("epsilon", [5.5, "auto"])
-def test_evaluation_comes_before_training(epsilon):
-    loss, features, labels, _ = case(epsilon=epsilon)
+def test_evaluation_comes_before_training():
+    """The mean is that of all classes, which is computed once."""
+    loss, features, labels, _ = case(epsilon="auto")
     loss.eval()
-    assert loss(features, labels).isfinite() and loss.compactness.isnan().all()
+    assert loss(features, labels).isfinite()
+    domain = loss.dfi()
+    torch.testing.assert_close(loss.compactness, domain.compactness)
+    torch.testing.assert_close(loss.indicators(labels), domain.indicators[labels])
+    with torch.no_grad():
+        loss.weight[:, 0] += 5
+    loss(features, labels)
+    torch.testing.assert_close(loss.compactness, domain.compactness)
+
+
+def test_evaluation_computes_what_is_missing():
+    loss, features, labels, _ = case(epsilon="auto")
+    loss(features, labels)
+    known = loss.compactness.clone()
+    loss.compactness[[2, 7]] = torch.nan  # as an average with what was not yet seen
+    loss.eval()
+    with torch.inference_mode():
+        loss(features, labels)
+    torch.testing.assert_close(loss.compactness, known)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -218,8 +236,8 @@ def test_narrow_labels_are_enough():
         ("epsilon", -1.0, ValueError, "epsilon: expected a positive number, got -1.0"),
         ("epsilon", "Auto", TypeError, "epsilon: expected a number, got str"),
         ("max_indicator", 0.0, ValueError, "max_indicator: expected a positive number, got 0.0"),
-        ("k", -1, ValueError, "k: expected at least 1, got -1"),
-        ("indicator_scale", 0.0, ValueError, "scale: expected a positive number, got 0.0"),
+        ("k", -1, ValueError, "k: expected at least 0, got -1"),
+        ("indicator_scale", 0.0, ValueError, "indicator_scale: expected a positive number"),
     ],
 )
 def test_wrong_hyper_parameters(name, value, error, message):

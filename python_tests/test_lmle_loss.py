@@ -73,7 +73,9 @@ def test_wrong_settings(arguments, error, message):
 
 
 def test_a_batch_of_broken_clusters_is_refused():
-    message = "features: expected rows of whole clusters of 3 samples, got 17 rows"
+    message = (
+        "features: expected rows of whole clusters of samples_per_cluster = 3 samples, got 17 rows"
+    )
     with pytest.raises(ValueError, match=message):
         LMLELoss(MARGINS, samples_per_cluster=3)(features()[:17], LABELS[:17])
 

@@ -1,4 +1,4 @@
-"""The modules of the margin softmax, weights from elsewhere, the residual balancing module."""
+"""The modules of the margin softmax, and the residual balancing module."""
 
 from __future__ import annotations
 
@@ -94,12 +94,13 @@ def test_state_dict_round_trip(kind):
 def test_a_margin_per_class(any_place, kind):
     case = random_case(2, 9, 7, 5).to(torch.float32, any_place.device)
     margin = torch.linspace(0, 0.6, 7)
-    # The margin follows the weight; no gradient and no entry of the state is its.
+    # It follows the weight.
     head = kind(7, 5, margin=margin).to(any_place.device)
     with any_place.run():
         actual = head(case.features, case.labels)
         head.margin = margin.to(any_place.device)[case.labels][:, None]
         assert torch.equal(head(case.features, case.labels), actual)
+        assert list(head.state_dict()) == ["weight"], "margins of samples belong to a batch"
         head.margin = 0.3
         assert not torch.equal(head(case.features, case.labels), actual)
     assert list(head.state_dict()) == ["weight"]
@@ -165,44 +166,6 @@ def test_pytorch_metric_learning_agrees(any_place, name, their_margin, margin, s
         results.append([loss.detach(), grad_x, grad_w if head is ours else grad_w.t()])
     for their, our in zip(*results, strict=True):
         assert_close(our, their, torch.float64, 100)
-
-
-W = torch.arange(12.0).reshape(4, 3)
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        {"W": W.t()},
-        {"loss_func.W": W.t()},
-        {"weight": W},
-        {"module.head.weight": W},
-        {"kernel": W.t()},
-        {"head.kernel": W.t(), "head.steps": torch.tensor(3), "head.t": torch.zeros(1)},
-        {"head.weight": W, "norm.weight": torch.ones(3)},
-    ],
-)
-def test_weights_of_other_libraries(state):
-    converted = facelt_ext.convert_state_dict(state)
-    assert list(converted) == ["weight"] and torch.equal(converted["weight"], W)
-    assert converted["weight"].is_contiguous()
-    head = CosFaceLoss(4, 3)
-    head.load_state_dict(converted)
-    assert torch.equal(head.weight, W)
-
-
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        ({}, "expected one matrix named weight, W or kernel, got the entries none"),
-        ({"bias": W, "layer.width": W}, "got the entries bias, layer.width"),
-        ({"a.weight": W, "b.W": W.t()}, "got the entries a.weight, b.W"),
-        ({"conv.weight": W[None, None]}, "got the entries conv.weight"),
-    ],
-)
-def test_state_dicts_without_one_weight(state, message):
-    with pytest.raises(ValueError, match=f"state_dict: .*{message}"):
-        facelt_ext.convert_state_dict(state)
 
 
 def test_residual_balancing():

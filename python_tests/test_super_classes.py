@@ -380,7 +380,9 @@ def test_state_dict_round_trip(tmp_path):
         ([0, 1, 0, 2], ValueError, r"super_class: .*\[0, 2\), got 2 at position 3"),
         ([0, -1, 0, 1], ValueError, r"super_class: .*\[0, 2\), got -1 at position 1"),
         ([1, 1, 1, 1], ValueError, "each of the 2 super classes, got none in 1 of them"),
-        ([0, 1, 0], RuntimeError, "size mismatch for index"),
+        ([0, 1, 0], ValueError, r"super_class: expected shape \[4\] in the state_dict, got \[3\]"),
+        ([[0, 1, 0, 0]], ValueError, r"super_class: expected shape \[4\] .*, got \[1, 4\]"),
+        ([0.0, 1.0, 0.0, 1.0], TypeError, "super_class: expected dtype torch.int64 .*float32"),
     ],
 )
 @pytest.mark.parametrize("assign", [False, True])
@@ -394,10 +396,24 @@ def test_a_broken_state_is_refused(broken, error, message, assign):
 
 
 def test_moved_and_converted():
+    """Meta has no memory for it: it stays what it is."""
     index = SuperClassIndex(torch.tensor([0, 1, 0]))
-    for name in ("index", "order", "offsets"):
-        assert getattr(copy.deepcopy(index).half(), name).dtype == torch.int64
-        assert getattr(copy.deepcopy(index).to("meta"), name).is_meta
+    for moved in (index.half(), index.to("meta"), index.to_empty(device="cpu")):
+        assert moved.index.tolist() == [0, 1, 0] and moved.index.dtype == torch.int64
+        assert moved.order.tolist() == [0, 2, 1] and moved.offsets.tolist() == [0, 2, 3]
+
+
+def test_a_large_number_asks_for_no_memory():
+    index = torch.tensor([0, 2**62])
+    with pytest.raises(ValueError, match=r"super_class: expected numbers in \[0, 2\), .* got 4611"):
+        SuperClassIndex(index)
+    with pytest.raises(ValueError, match="num_super_classes: expected sizes of a tensor that fits"):
+        SuperClassIndex(torch.tensor([0, 1]), 2**62)
+
+
+def test_values_are_needed():
+    with pytest.raises(ValueError, match="super_class: expected values, got a tensor on meta"):
+        SuperClassIndex(torch.tensor([0, 1], device="meta"))
 
 
 @pytest.mark.gpu

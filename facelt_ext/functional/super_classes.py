@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
-from facelt_ext._checks import check_count, check_integers, check_matrix
+from facelt_ext._checks import check_count, check_integers, check_matrix, check_size
 from facelt_ext._kept_tensors import KeepsTensors, check_saved_integers
 from facelt_ext._operators import operator
 
@@ -177,8 +177,17 @@ def _checked_count(index: Tensor, num_super_classes: int | None) -> int:
                 "num_super_classes: expected a number under torch.compile, where no one reads what "
                 "super_class says, or a SuperClassIndex made before; got None"
             )
-        return max(int(index.max()), 0) + 1 if len(index) else 0
-    return check_count(num_super_classes, "num_super_classes", minimum=min(len(index), 1))
+        largest = int(index.max()) if len(index) else -1
+        # A stray large number must not ask for as much memory.
+        if largest >= len(index):
+            raise ValueError(
+                f"super_class: expected numbers in [0, {len(index)}), as each super class has a "
+                f"class, got {largest}"
+            )
+        return max(largest, 0) + 1 if len(index) else 0
+    count = check_count(num_super_classes, "num_super_classes", minimum=min(len(index), 1))
+    check_size("num_super_classes", count)
+    return count
 
 
 class SuperClassMeanFunction(torch.autograd.Function):

@@ -30,7 +30,8 @@ def checked_cluster_batch(
     batch = labels.shape[0]
     if batch % size:
         raise ValueError(
-            f"features: expected rows of whole clusters of {size} samples, got {batch} rows"
+            f"features: expected rows of whole clusters of samples_per_cluster = {size} samples, "
+            f"got {batch} rows"
         )
     ignore_index = check_ignore_index(ignore_index)
     if ignore_index is None:

@@ -277,7 +277,7 @@ class SphereFaceLoss(MarginSoftmaxLoss):
             features,
             labels,
             indices_tuple,
-            angular_multiplier=self.margin,
+            angular_multiplier=self._checked_margin(self.margin, len(self.weight)),
             normalize_features=False,
         )
 
