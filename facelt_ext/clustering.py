@@ -88,7 +88,8 @@ def kmeans(
 
         Points are compared by matrix products in x's dtype (float32 for halves), less their mean:
         in float32, distances below some 1e-3 of the data's extent are not told apart. The inertia
-        is a sum of squared differences. Two runs on the same machine give the same bits.
+        is a sum of squared differences. Two runs on the same machine give the same bits, also
+        under autocast.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
