@@ -245,7 +245,7 @@ def check_class_range(index: Tensor, name: str, classes: int, ignore_index: int 
 def check_data(value: Tensor, name: str) -> Tensor:
     """A plain tensor without a gradient, whose numbers are there: for what is no loss."""
     value = check_tensor(value, name)
-    if value.is_meta or _is_fake(value):
+    if value.is_meta or (type(value) not in _readable and _is_fake(value)):
         raise TypeError(f"{name}: expected a tensor with data, got one on the meta device")
     if torch._C._functorch.is_batchedtensor(value):
         raise TypeError(f"{name}: expected a tensor with data, got one of torch.func.vmap")

@@ -73,8 +73,9 @@ def class_means(
     same features give the same bits. Each batch waits for the device.
 
     Args:
-        model: inputs -> features [B, D], finite. A module is set to eval during the pass; each of
-            its submodules has its own mode again afterwards, also after an error.
+        model: inputs -> features [B, D], finite. It runs under the caller's autocast. A module is
+            set to eval during the pass; each of its submodules has its own mode again afterwards,
+            also after an error.
         loader: yields tuples or lists that begin with inputs (a tensor) and labels (integers [B]
             in [0, num_classes)). No gradients are recorded.
         num_classes: how many rows the result has.

@@ -23,7 +23,8 @@ from facelt_ext.types import compute_dtype
 
 # Candidates that the seeding draws at a time: few at first, where each seed changes much.
 SEED_BLOCK = (8, 512)
-
+# By which points are scaled at most: powers of 2 that the dtype holds, with room for products.
+LARGEST_EXPONENT = {torch.float32: 120, torch.float64: 1000}
 
 __all__ = ["Clustering", "kmeans"]
 
@@ -87,7 +88,8 @@ def kmeans(
 
         Points are compared by matrix products in x's dtype (float32 for halves), less their mean:
         in float32, distances below some 1e-3 of the data's extent are not told apart. The inertia
-        is a sum of squared differences. Two runs on the same machine give the same bits.
+        is a sum of squared differences. Two runs on the same machine give the same bits, also
+        under autocast.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
@@ -128,8 +130,8 @@ def kmeans(
             converged = settled and not exchanging
             centroids, previous = engine.centroids(assignments), assignments
             iterations += 1
-            bar(inertia / scale**2)
-    inertia = engine.inertia(centroids, assignments) / scale**2
+            bar(inertia / scale / scale)
+    inertia = engine.inertia(centroids, assignments) / scale / scale
     return Clustering((centroids + mean) / scale, assignments, inertia, iterations, converged)
 
 
@@ -159,7 +161,8 @@ def _centered(x: Tensor) -> tuple[Tensor, Tensor, float]:
     Far from the origin, |c|^2 - 2 x.c would cancel.
     """
     _, exponent = math.frexp(float(x.abs().amax()))
-    scale = 2.0 ** -min(max(exponent, -120), 120)
+    most = LARGEST_EXPONENT[x.dtype]
+    scale = 2.0 ** -min(max(exponent, -most), most)
     x = x * scale
     mean = x.mean(0)
     return x - mean, mean, scale

@@ -242,16 +242,15 @@ class ClusterIndex:
                 f"losses: expected shape {list(samples.shape)}, one for each of samples [B], "
                 f"got {list(losses.shape)}"
             )
-        samples, losses = samples.cpu(), losses.float().cpu()
+        # In torch it is open which of two equal indices wins.
+        samples, losses = samples.cpu().numpy(), losses.float().cpu().numpy()
         outside = (samples < 0) | (samples >= len(self.labels))
         if outside.any():
             raise ValueError(
-                f"samples: expected numbers in [0, {len(self.labels)}), "
-                f"got {int(samples[outside][0])}"
+                f"samples: expected numbers in [0, {len(self.labels)}), got {samples[outside][0]}"
             )
-        taken = losses.isfinite() & (self.assignments[samples] >= 0)
-        # torch leaves open which of two equal indices wins.
-        self.sample_losses.numpy()[samples[taken].numpy()] = losses[taken].numpy()
+        taken = np.isfinite(losses) & (self.assignments.numpy()[samples] >= 0)
+        self.sample_losses.numpy()[samples[taken]] = losses[taken]
 
     def state_dict(self) -> dict[str, object]:
         """All that `load_state_dict` needs to go on from here."""

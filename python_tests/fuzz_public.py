@@ -4,7 +4,7 @@
 
 Prints `call NUMBER TEXT` before each, so that a crash is known, and `finding TEXT` for what is no
 good answer: anything but a return and a TypeError or ValueError that names an argument of the call
-before its first colon. A call that takes longer than SECONDS ends the process.
+before its first colon, as the errors of `_checks` do. A call that takes longer than SECONDS ends the process.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ SECONDS = 20
 MEMORY = 12 << 30
 # Where to write and read is the system's to judge.
 FILES = ("path",)
+# Losses may name their own weight, to which features belong.
+OWN = {"features": "weight"}
+# A check knows the sizes for which no machine has the memory; torch, what this one has.
+NO_MEMORY = "can't allocate memory"
 
 
 def changed_call(name: str, rng: random.Random) -> tuple[str, object, dict[str, object]]:
@@ -62,14 +66,15 @@ def finding(function: object, arguments: dict[str, object]) -> str | None:
         if losses:
             sum(losses).backward()
     except (TypeError, ValueError) as error:
-        named = re.findall(r"\w+", str(error).split(":")[0])
-        if not set(named) & set(arguments):
+        named = set(re.findall(r"\w+", str(error).split(":")[0]))
+        if not named & {*arguments, *(OWN[key] for key in OWN if key in arguments)}:
             return f"{type(error).__name__} {error}"
     except OSError as error:
         if not set(FILES) & set(arguments):
             return f"{type(error).__name__} {error}"
     except BaseException as error:
-        return f"{type(error).__name__} {error}"
+        if not (isinstance(error, RuntimeError) and NO_MEMORY in str(error)):
+            return f"{type(error).__name__} {error}"
     return None
 
 

@@ -117,9 +117,10 @@ def made(name: str, seed: int = 0) -> Call:
 def content(value: object) -> object:
     """Of a result or of an object all that it holds, in what can be compared by ==."""
     if isinstance(value, Tensor):
-        assert value.is_cpu and not value.requires_grad
-        numbers = value.clone(memory_format=torch.contiguous_format)
-        return value.dtype, value.shape, numbers.view(torch.uint8).tolist() if len(value) else []
+        assert value.is_cpu
+        numbers = value.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+        bits = numbers.view(torch.uint8) if len(numbers) else numbers
+        return value.dtype, value.shape, bits.tolist()
     if isinstance(value, tuple | list):
         return [content(each) for each in value]
     if isinstance(value, ClusterIndex):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -183,6 +185,16 @@ def test_squares_out_of_range(factor):
     assert torch.equal(found.assignments, expected.assignments)
     assert torch.equal(found.centroids, expected.centroids * factor)
     assert found.inertia == pytest.approx(expected.inertia * factor**2)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("factor", [2.0**-900, 2.0**900])
+def test_squares_out_of_the_range_of_float64(factor, balanced):
+    x = mixture(11, 100, 4, 5, 0.1).double()
+    found, expected = (kmeans(each, 5, balanced=balanced) for each in (x * factor, x))
+    assert torch.equal(found.assignments, expected.assignments)
+    assert torch.equal(found.centroids, expected.centroids * factor)
+    assert found.inertia == (math.inf if factor > 1 else 0)
 
 
 def test_an_empty_cluster_gets_the_farthest_point_that_can_be_spared():

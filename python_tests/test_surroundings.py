@@ -6,15 +6,17 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
-from public_calls import content, made, names_of
+from public_calls import CALLS, content, made, names_of
 from torch import Tensor, nn
 
 from facelt_ext.aggregation import class_means
 from facelt_ext.clusters import ClusterIndex
 from facelt_ext.evaluation import embed
 
+ALL = list(CALLS)
 NAMES = names_of("evaluation", "clustering", "clusters", "aggregation", "classification")
 
 
@@ -125,3 +127,19 @@ def test_the_model_itself_runs_under_the_callers_autocast(name):
         made_before = [(model(inputs).detach(), names) for inputs, names in batches]
     assert made_before[0][0].dtype == torch.bfloat16
     assert torch.equal(found, PASSES[name](lambda rows: rows, made_before, labels))
+
+
+def of_numpy(value: object) -> object:
+    """Numbers, also within tuples and lists."""
+    if isinstance(value, bool):
+        return np.bool_(value)
+    if isinstance(value, int | float):
+        return np.int64(value) if isinstance(value, int) else np.float64(value)
+    if isinstance(value, list) or type(value) is tuple:
+        return type(value)(map(of_numpy, value))
+    return value
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_numbers_of_numpy_are_as_pythons(name):
+    assert run(name, contextlib.nullcontext(), of_numpy) == expected(name)

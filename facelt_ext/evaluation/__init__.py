@@ -2,7 +2,8 @@
 
 All take tensors on any device, or NumPy arrays, and none changes or shuffles them. Features may
 have any length; scores are cosines, and higher means the same identity. A pair or probe is accepted
-if it scores above the threshold.
+if it scores above the threshold. Autocast, the default device and the default dtype change no
+result; only the model that `embed` is given runs under the caller's autocast.
 """
 
 from facelt_ext.evaluation.identification import (

@@ -65,7 +65,10 @@ def read_pairs(path: str | os.PathLike, extension: str = ".jpg") -> PairList:
     path = Path(check_path(path, "path"))
     if not isinstance(extension, str):
         raise TypeError(f"extension: expected a str, got {type(extension).__name__}")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"path: expected a text file in UTF-8, got {path}: {error}") from error
     rows = [(number, _fields(line)) for number, line in enumerate(lines, 1) if line.strip()]
     header = rows.pop(0)[1] if rows and _is_header(rows[0][1]) else []
     pairs = [_pair(fields, extension, f"{path}, line {number}") for number, fields in rows]
