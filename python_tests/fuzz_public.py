@@ -4,7 +4,7 @@
 
 Prints `call NUMBER TEXT` before each, so that a crash is known, and `finding TEXT` for what is no
 good answer: anything but a return and a TypeError or ValueError that names an argument of the call
-before its first colon, as the errors of `_checks` do. A call that takes longer than SECONDS ends the process.
+before its first colon, as the errors of `_checks` do. A call longer than SECONDS ends the process.
 """
 
 from __future__ import annotations
