@@ -28,11 +28,11 @@ class Held(Tensor):
         )
 
     def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
+        self.held = inner
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        args, kwargs = tree_map(lambda x: getattr(x, "inner", x), (args, kwargs or {}))
+        args, kwargs = tree_map(lambda x: getattr(x, "held", x), (args, kwargs or {}))
         return tree_map(lambda x: Held(x) if isinstance(x, Tensor) else x, func(*args, **kwargs))
 
 
@@ -71,9 +71,12 @@ UNREADABLE = {
     "sparse": Tensor.to_sparse,
     "nested": lambda value: torch.nested.nested_tensor([value.float()]),
 }
+# Made of torch's own modules, which take what they take.
+OF_TORCH = "ResidualBalancingModule.forward"
 ARGUMENTS = [
     (name, argument)
     for name in CALLS
+    if name != OF_TORCH
     for argument, value in made(name)[1].items()
     if isinstance(value, Tensor)
 ]
@@ -136,7 +139,7 @@ def test_a_gradient_without_memory_is_named(name, kind):
         assert str(error).startswith("grad")
     else:
         # What torch's own operators made of it first.
-        assert torch.equal(getattr(found, "inner", found), expected)
+        assert torch.equal(getattr(found, "held", found), expected)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -10,6 +10,7 @@ from facelt_ext._checks import (
     check_ignore_index,
     check_integers,
     check_matrix,
+    check_tensor,
 )
 from facelt_ext._operators import operator
 from facelt_ext.functional._second_order import gradient_through_reference
@@ -88,6 +89,7 @@ class ClassRangesFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_ranges, _):
         features, labels, segment, ranges, pairs = ctx.saved_tensors
+        grad_ranges = check_tensor(grad_ranges, "grad_ranges")
         if torch.is_grad_enabled():
             rows, k = ranges.shape
 
