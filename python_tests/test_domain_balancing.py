@@ -179,12 +179,20 @@ def test_a_mean_that_is_not_positive_turns_no_margin_round():
     assert (loss.indicators(torch.arange(3)) == 2).all()
 
 
-def test_a_changed_scale_makes_the_mean_anew():
-    loss, features, labels, _ = case(epsilon="auto")
-    loss(features, labels)
-    loss.indicator_scale = 1.0
-    domain = loss.dfi()
-    torch.testing.assert_close(loss.indicators(labels), domain.indicators[labels])
+@pytest.mark.parametrize(("name", "value"), [("indicator_scale", 1.0), ("scale", 4.0), ("k", 2)])
+def test_a_change_makes_the_mean_anew(name, value):
+    """Of what is seen with it; one that changes nothing leaves the mean."""
+    loss = DomainBalancingLoss(3 * PROBES, DIMENSIONS, k=4, scale=8.0, epsilon="auto")
+    labels = torch.tensor([3 * PROBES - 1])
+    for _ in range(3):
+        loss.indicators(labels)
+    loss.margin, loss.k, loss.scale = 0.1, 4, 8.0
+    assert not loss.compactness.isnan().any()
+    setattr(loss, name, value)
+    loss.indicators(labels)
+    seen = ~loss.compactness.isnan()
+    assert seen.sum() == PROBES + 1
+    torch.testing.assert_close(loss.compactness[seen], loss.dfi().compactness[seen])
 
 
 def test_evaluation_comes_before_training():

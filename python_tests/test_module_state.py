@@ -9,7 +9,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from loss_cases import ARGUMENTS, HEADS, LOSSES, OTHER_SETS, STATE, batch, make, train, value
+from loss_cases import (
+    ARGUMENTS,
+    HEADS,
+    LOSSES,
+    MARGINS,
+    OTHER_SETS,
+    STATE,
+    batch,
+    make,
+    train,
+    value,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
@@ -128,13 +139,15 @@ def test_casts_are_of_the_weight(name, cast):
     loss = make(name)
     train(loss, 3)
     before, expected = kept(loss), value(loss)
+    mean = getattr(loss, "compactness", None)
     cast(loss)
     assert_kept(loss, before)
     dtype = loss.weight.dtype
     actual = value(loss, lambda x: x.to(dtype))
     torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=0.03, atol=0)
-    if hasattr(loss, "compactness"):
+    if mean is not None:
         assert loss.compactness.dtype == actual.dtype
+        assert torch.equal(loss.compactness.to(mean.dtype), mean)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -224,6 +237,18 @@ def test_loaded_in_every_way(name, how, sets):
 
 
 @pytest.mark.parametrize("name", HEADS)
+def test_loaded_in_inference_mode(name):
+    loss, source = make(name), make(name)
+    train(source, 2, moving=True)
+    with torch.inference_mode():
+        loss.load_state_dict(source.state_dict())
+        value(loss)
+    loss(*batch()).backward()
+    source(*batch()).backward()
+    assert torch.equal(loss.weight.grad, source.weight.grad)
+
+
+@pytest.mark.parametrize("name", HEADS)
 def test_copies(name):
     loss = make(name)
     train(loss, 3, moving=True)
@@ -289,11 +314,15 @@ def test_a_map_has_to_be_there(name, key):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_another_size_is_refused_whole(name):
+    changes = {"label_map": {"super_classes": OTHER_SETS}, "margin": {"margin": 2 * MARGINS}}
     loss = make(name)
-    state = {**loss.state_dict(), "weight": torch.zeros(3, 2)}
-    with pytest.raises(RuntimeError, match="size mismatch for weight"):
-        loss.load_state_dict(state)
-    assert_kept(loss, kept(make(name)))
+    for key in STATE[name]:
+        state = make(name, **changes.get(key, {})).state_dict()
+        state["weight"] = torch.zeros(3, 2)
+        with pytest.raises(RuntimeError, match="size mismatch for weight"):
+            loss.load_state_dict(state)
+        if key in changes:
+            assert torch.equal(loss.state_dict()[key], make(name).state_dict()[key])
 
 
 @pytest.mark.parametrize("name", HEADS)
