@@ -52,10 +52,18 @@ def refreshed() -> ClusterIndex:
     return index
 
 
-def then(of: Callable[..., object], call: Callable[..., object]) -> Callable[..., object]:
-    """Makes something of the arguments and goes on with it."""
+def then(
+    of: Callable[..., object], call: Callable[..., object], *names: str
+) -> Callable[..., object]:
+    """Makes something of the arguments and goes on with it; `names` are what that takes."""
 
     def run(**arguments: object) -> object:
         return call(of(**arguments))
 
-    return functools.update_wrapper(run, of)
+    return also_naming(functools.update_wrapper(run, of), *names)
+
+
+def also_naming(function: Callable[..., object], *names: str) -> Callable[..., object]:
+    """Errors may name these beside the arguments."""
+    function.also = names
+    return function

@@ -13,6 +13,7 @@ from calls import (
     M,
     N,
     S,
+    also_naming,
     features,
     labels,
     pairs_of_labels,
@@ -45,12 +46,16 @@ def run_index(index: functional.SuperClassIndex) -> object:
 
 def forward(loss: torch.nn.Module, **arguments: object) -> Call:
     """Through `__call__`."""
-    call = functools.update_wrapper(functools.partial(loss), loss.forward)
+    call = also_naming(functools.partial(loss), "weight")
     return call, {"features": features(), "labels": labels(), **arguments}
 
 
+def logits(head: torch.nn.Module) -> Call:
+    return also_naming(functools.partial(head.logits), "weight"), {"features": features()}
+
+
 def made_and_run(name: str, **arguments: object) -> Call:
-    return then(getattr(facelt_ext, name), run_loss), arguments
+    return then(getattr(facelt_ext, name), run_loss, "features", "labels", "weight"), arguments
 
 
 def head(name: str) -> torch.nn.Module:
@@ -188,7 +193,7 @@ CALLS: dict[str, Callable[[], Call]] = {
         {"step_one_loss": head("AggregatedSoftmaxLoss"), "super_classes": super_classes()},
     ),
     "ResidualBalancingModule": lambda: (
-        then(facelt_ext.ResidualBalancingModule, run_module),
+        then(facelt_ext.ResidualBalancingModule, run_module, "features"),
         {"embedding_size": D},
     ),
     "ResidualBalancingModule.forward": lambda: (
@@ -241,4 +246,4 @@ CALLS: dict[str, Callable[[], Call]] = {
 }
 for _name in (*HEADS, *SUPER_CLASS_HEADS):
     CALLS[f"{_name}.forward"] = lambda name=_name: forward(head(name))
-    CALLS[f"{_name}.logits"] = lambda name=_name: (head(name).logits, {"features": features()})
+    CALLS[f"{_name}.logits"] = lambda name=_name: logits(head(name))

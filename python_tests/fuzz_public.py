@@ -28,8 +28,6 @@ SECONDS = 20
 MEMORY = 12 << 30
 # Where to write and read is the system's to judge.
 FILES = ("path",)
-# Losses may name their own weight, to which features belong.
-OWN = {"features": "weight"}
 # A check knows the sizes for which no machine has the memory; torch, what this one has.
 NO_MEMORY = "can't allocate memory"
 
@@ -67,7 +65,7 @@ def finding(function: object, arguments: dict[str, object]) -> str | None:
             sum(losses).backward()
     except (TypeError, ValueError) as error:
         named = set(re.findall(r"\w+", str(error).split(":")[0]))
-        if not named & {*arguments, *(OWN[key] for key in OWN if key in arguments)}:
+        if not named & {*arguments, *getattr(function, "also", ())}:
             return f"{type(error).__name__} {error}"
     except OSError as error:
         if not set(FILES) & set(arguments):
