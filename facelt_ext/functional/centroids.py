@@ -10,6 +10,7 @@ from facelt_ext._checks import (
     check_ignore_index,
     check_integers,
     check_matrix,
+    check_size,
 )
 from facelt_ext._operators import operator
 from facelt_ext.functional._second_order import gradient_through_reference
@@ -47,6 +48,7 @@ def class_centroids(
     labels = check_integers(labels, "labels", features, "features")
     if max_classes is not None:
         max_classes = check_count(max_classes, "max_classes", minimum=0)
+        check_size("max_classes", max_classes, features.shape[1])
     ignore_index = check_ignore_index(ignore_index)
     backend = _backend.of_call("class_centroids", features)
     if backend == "reference":

@@ -10,6 +10,7 @@ from facelt_ext._checks import (
     check_ignore_index,
     check_integers,
     check_matrix,
+    check_size,
     check_tensor,
 )
 from facelt_ext._operators import operator
@@ -59,6 +60,8 @@ def class_ranges(
     squared = check_flag(squared, "squared")
     if max_classes is not None:
         max_classes = check_count(max_classes, "max_classes", minimum=0)
+        check_size("max_classes, k", max_classes, k)
+    check_size("k", features.shape[0], k)
     ignore_index = check_ignore_index(ignore_index)
     backend = _backend.of_call("class_ranges", features)
     if backend == "reference":
