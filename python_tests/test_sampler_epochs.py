@@ -16,6 +16,7 @@ import pytest
 import torch
 from ignite.distributed.auto import DistributedProxySampler
 from sampler_cases import LABELS, NUM_BATCHES, SAMPLERS, Make, Numbers, clusters, epoch_of
+from test_surroundings import default_dtype
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -245,16 +246,6 @@ def test_too_few_classes_for_the_world_are_named_as_soon_as_it_is_known(monkeypa
     for call in (iter, len, lambda _: PKSampler(LABELS, 3, 2)):
         with pytest.raises(ValueError, match=message):
             call(sampler)
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {

@@ -4,40 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from odd_values import Plain, Wrapper
 from public_calls import CALLS, made
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
 
 from facelt_ext import functional
 from facelt_ext.functional import SuperClassIndex
-
-
-class Held(Tensor):
-    """Its memory is another tensor's, at an offset: the pointer it gives is neither 0 nor right."""
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Held:
-        return Tensor._make_wrapper_subclass(
-            cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=4096,
-            dtype=inner.dtype,
-            device=inner.device,
-        )
-
-    def __init__(self, inner: Tensor) -> None:
-        self.held = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        args, kwargs = tree_map(lambda x: getattr(x, "held", x), (args, kwargs or {}))
-        return tree_map(lambda x: Held(x) if isinstance(x, Tensor) else x, func(*args, **kwargs))
-
-
-class Plain(Tensor):
-    pass
 
 
 def fake(value: Tensor) -> Tensor:
@@ -65,7 +38,7 @@ def mesh(tmp_path_factory):
 
 
 UNREADABLE = {
-    "wrapper": Held,
+    "wrapper": Wrapper,
     "fake": fake,
     "DTensor": distributed,
     "sparse": Tensor.to_sparse,
@@ -126,7 +99,7 @@ def test_every_differentiable_function_is_here():
     assert set(LOSSES) == set(functional.__all__) - without_gradient
 
 
-@pytest.mark.parametrize("kind", [Held, fake, distributed], ids=["wrapper", "fake", "DTensor"])
+@pytest.mark.parametrize("kind", [Wrapper, fake, distributed], ids=["wrapper", "fake", "DTensor"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_gradient_without_memory_is_named(name, kind):
     x = X.clone().requires_grad_()
@@ -139,15 +112,15 @@ def test_a_gradient_without_memory_is_named(name, kind):
         assert str(error).startswith("grad")
     else:
         # What torch's own operators made of it first.
-        assert torch.equal(getattr(found, "held", found), expected)
+        assert torch.equal(found.inner if isinstance(found, Wrapper) else found, expected)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_a_hook_makes_of_saved_tensors_is_named(name):
     x = X.clone().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda value: value, Held):
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: value, Wrapper):
         out = LOSSES[name](x)
-    with pytest.raises(TypeError, match=r"^\w+: expected a tensor with memory .* got Held"):
+    with pytest.raises(TypeError, match=r"^\w+: expected a tensor with memory .* got Wrapper"):
         out.sum().backward()
 
 
