@@ -11,6 +11,8 @@ from loss_cases import BATCH, CLASSES, HEADS, LOSSES, SIZE, STATE, batch, make, 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import facelt_ext
+
 
 class Model(nn.Module):
     def __init__(self, head: nn.Module) -> None:
@@ -60,6 +62,22 @@ def test_activation_checkpointing_changes_nothing(name, reentrant, together):
         name, together, lambda *arguments: checkpoint(*arguments, use_reentrant=reentrant)
     )
     torch.testing.assert_close(checkpointed, plain, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_transforms_of_torch_func_leave_the_state(name):
+    loss, alone = make(name), make(name)
+    features, labels = batch()
+    with facelt_ext.use_backend("reference"):
+        train(loss, 1)
+        before = {key: tensor.clone() for key, tensor in moved(loss).items()}
+        grad = torch.func.grad(lambda x: loss(x, labels))(features)
+        torch.testing.assert_close(moved(loss), before, equal_nan=True, rtol=0, atol=0)
+        if name != "DomainBalancingLoss":  # for which autograd's is a step
+            alone(features.requires_grad_(), labels).backward()
+            torch.testing.assert_close(grad, features.grad)
+        loss.eval()
+        assert torch.func.grad(lambda x: loss(x, labels))(features.detach()).isfinite().all()
 
 
 @pytest.fixture(scope="module")

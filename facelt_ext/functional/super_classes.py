@@ -67,7 +67,9 @@ class SuperClassIndex(KeepsTensors):
 
     def _take(self, values: dict[str, Tensor], assign: bool) -> None:
         super()._take(values, assign)
-        self.order, self.offsets = sorted_members(self.index, self.num_super_classes, False)
+        # A backward saves them, which it could not if they were made in inference mode.
+        with torch.inference_mode(False):
+            self.order, self.offsets = sorted_members(self.index, self.num_super_classes, False)
 
 
 def checked_super_class(super_class: Tensor) -> Tensor:

@@ -69,8 +69,13 @@ def whole_weight(head: nn.Module, method: str) -> Tensor:
 
 
 def is_step() -> bool:
-    """Whether what this call moves on may move. Not under torch.export, which allows no change, and
-    not in a backward, where activation checkpointing makes the call a second time."""
+    """Whether what this call moves on may move. Not under torch.export and torch.func, which allow
+    no change, and not in a backward, where activation checkpointing makes the call again."""
     if torch.compiler.is_compiling():
         return not is_exporting()
-    return torch._C._current_graph_task_id() == -1
+    return torch._C._current_graph_task_id() == -1 and not in_transform()
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func surrounds this call."""
+    return torch._C._are_functorch_transforms_active()

@@ -19,7 +19,7 @@ from facelt_ext._checks import (
 )
 from facelt_ext._kept_tensors import check_saved_integers
 from facelt_ext.functional.compactness import check_epsilon
-from facelt_ext.losses._arguments import checked_kind, is_step, whole_weight
+from facelt_ext.losses._arguments import checked_kind, in_transform, is_step, whole_weight
 from facelt_ext.losses.margin_softmax import MarginSoftmaxLoss
 from facelt_ext.reference.compactness import indicator
 from facelt_ext.reference.margin_softmax import reduced
@@ -76,7 +76,7 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
     epsilon="auto" starts anew. Under DistributedDataParallel the first process's `compactness` is
     that of all; under DataParallel it sees the first device's part of each batch. Activation
     checkpointing runs forward twice and moves it once. A program of torch.export keeps the mean
-    that it was exported with.
+    that it was exported with, and transforms of torch.func leave it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
@@ -231,7 +231,7 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
             self._complete_compactness()
         mean = self.compactness.to(compactness.dtype).nanmean()
         mean = positive(torch.where(mean.isnan(), compactness.mean(), mean))
-        if not self.training or torch.compiler.is_compiling():
+        if not self.training or torch.compiler.is_compiling() or in_transform():
             return mean
         return self._remembered(mean, labels)
 
@@ -250,7 +250,7 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
     def _complete_compactness(self) -> None:
         """Computes IC where it was never seen, or an average has lost it; looking waits."""
         kept = self.compactness
-        if torch.compiler.is_compiling() or state_of(kept) == self._complete:
+        if torch.compiler.is_compiling() or in_transform() or state_of(kept) == self._complete:
             return
         missing = kept.isnan().nonzero()[:, 0]
         if len(missing):
