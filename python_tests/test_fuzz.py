@@ -19,7 +19,7 @@ from public_calls import CALLS, NO_CALLS, made, parameters, public
 
 CHILD = Path(__file__).with_name("fuzz_public.py")
 SEED = int(os.environ.get("FACELT_FUZZ_SEED", 0))
-COUNT = int(os.environ.get("FACELT_FUZZ", 4 * len(CALLS)))
+COUNT = int(os.environ.get("FACELT_FUZZ", 3 * len(CALLS)))
 
 
 def test_all_that_is_public_has_a_call():
