@@ -10,20 +10,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from facelt_ext import _native
-from facelt_ext._checks import is_exporting
+from facelt_ext._checks import check_choice, check_flag, is_exporting
 
 BACKENDS = ("native", "reference", "emulated")
 
 
-def _checked(name: str, argument: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{argument}: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
-
-
 def _default() -> str:
     fallback = "native" if _native.available() else "reference"
-    return _checked(os.environ.get("FACELT_BACKEND", fallback), "FACELT_BACKEND")
+    return check_choice(os.environ.get("FACELT_BACKEND", fallback), "FACELT_BACKEND", BACKENDS)
 
 
 _backend = _default()
@@ -94,7 +88,7 @@ class use_backend(contextlib.ContextDecorator):  # noqa: N801 - it is called lik
     """
 
     def __init__(self, name: str) -> None:
-        self._name = _checked(name, "name")
+        self._name = check_choice(name, "name", BACKENDS)
         self._previous: list[str] = []
 
     def __enter__(self) -> None:
@@ -114,4 +108,4 @@ def debug_checks(enabled: bool) -> None:
     ValueError as on the CPU; without them the result is NaN.
     """
     global _debug
-    _debug = bool(enabled)
+    _debug = check_flag(enabled, "enabled")

@@ -231,6 +231,10 @@ CALLS: dict[str, Callable[[], Call]] = {
         num_batches=3,
     ),
     "PKSampler.set_epoch": lambda: (pk_sampler().set_epoch, {"epoch": 1}),
+    "PKSampler.load_state_dict": lambda: (
+        pk_sampler().load_state_dict,
+        {"state": {"epoch": 1, "drawn": 1}},
+    ),
     "ClusterBatchSampler": lambda: drawn(
         samplers.ClusterBatchSampler,
         clusters=refreshed(),

@@ -99,7 +99,8 @@ def _methods(cls: type) -> Iterator[tuple[str, Callable[..., object]]]:
         name for base in cls.__mro__ if _is_ours(base) for name in vars(base)
     ):
         function = getattr(cls, name)
-        if not name.startswith("_") and callable(function):
+        of_torch = hasattr(torch.nn.Module, name) and name != "forward"
+        if not name.startswith("_") and not of_torch and callable(function):
             yield name, function
 
 
