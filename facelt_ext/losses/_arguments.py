@@ -59,7 +59,9 @@ def check_indices_tuple(indices_tuple: object) -> None:
 def whole_weight(head: nn.Module, method: str) -> Tensor:
     """The weight for a method other than forward, where fully_shard leaves it sharded."""
     weight = head.weight
-    if not torch.compiler.is_compiling() and callable(getattr(weight, "full_tensor", None)):
+    if torch.compiler.is_compiling() or type(weight) in (nn.Parameter, Tensor):
+        return weight
+    if callable(getattr(weight, "full_tensor", None)):
         raise TypeError(
             f"weight: expected a tensor with all rows, got {type(weight).__name__}; expected "
             f"weight.full_tensor(), or a call of head.unshard() before {method}, or once of "

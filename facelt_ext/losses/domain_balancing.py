@@ -252,6 +252,8 @@ class DomainBalancingLoss(MarginSoftmaxLoss):
         kept = self.compactness
         if torch.compiler.is_compiling() or in_transform() or state_of(kept) == self._complete:
             return
+        if kept.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
         missing = kept.isnan().nonzero()[:, 0]
         if len(missing):
             kept[missing] = self._compactness(missing).to(kept.dtype)
