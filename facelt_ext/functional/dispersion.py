@@ -84,8 +84,8 @@ def dispersion_softmax_loss(
             f"{tail_weight.dtype}"
         )
     return dispersion_loss(
-        features, head_weight, tail_weight, super_class, labels, num_super_classes, reduction,
-        ignore_index, workspace,
+        features, head_weight, tail_weight, super_class, labels, reduction, ignore_index,
+        workspace, num_super_classes,
     )  # fmt: skip
 
 
@@ -95,10 +95,10 @@ def dispersion_loss(
     tail_weight: Tensor | None,
     super_class: Tensor | SuperClassIndex,
     labels: Tensor,
-    num_super_classes: int | None,
     reduction: str,
     ignore_index: int,
     workspace: str,
+    num_super_classes: int | None = None,
 ) -> Tensor:
     """The same where the tails' rows may be the last of `weight`, so that it has one gradient."""
     index, order, offsets = members_of(super_class, num_super_classes, check=True)

@@ -262,7 +262,6 @@ class DispersionLoss(SuperClassLoss):
             None,
             self.super_class._on(rows.device),
             rows,
-            None,
             self.reduction,
             IGNORED,
             self.workspace,
