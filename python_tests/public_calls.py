@@ -95,11 +95,12 @@ def _is_ours(cls: type) -> bool:
 
 
 def _methods(cls: type) -> Iterator[tuple[str, Callable[..., object]]]:
+    torch_module = torch.nn.Module if issubclass(cls, torch.nn.Module) else object
     for name in dict.fromkeys(
         name for base in cls.__mro__ if _is_ours(base) for name in vars(base)
     ):
         function = getattr(cls, name)
-        of_torch = hasattr(torch.nn.Module, name) and name != "forward"
+        of_torch = hasattr(torch_module, name) and name != "forward"
         if not name.startswith("_") and not of_torch and callable(function):
             yield name, function
 

@@ -374,12 +374,23 @@ class ResidualBalancingModule(nn.Module):
         """features [B, D] -> the balanced features [B, D] and the gate [B], in their dtype.
 
         Raises:
-            ValueError: fewer than two rows in training, which the batch norm needs.
+            TypeError, ValueError: features of the wrong type, dtype or shape; fewer than two rows
+                in training, which the batch norm needs.
         """
-        if self.training and len(features) < 2:
+        weight = self.gate.weight
+        if not isinstance(features, Tensor):
+            raise TypeError(f"features: expected a tensor, got {type(features).__name__}")
+        autocast = torch.is_autocast_enabled(features.device.type)
+        if features.dtype not in FLOATING or not (autocast or features.dtype == weight.dtype):
+            raise TypeError(f"features: expected dtype {weight.dtype}, got {features.dtype}")
+        if features.ndim != 2 or features.shape[1] != weight.shape[1]:
+            raise ValueError(
+                f"features: expected shape [rows, {weight.shape[1]}], got {list(features.shape)}"
+            )
+        if self.training and features.shape[0] < 2:
             raise ValueError(
                 f"features: expected at least 2 rows in training, for the batch norm, got "
-                f"{len(features)}"
+                f"{features.shape[0]}"
             )
         gate = self.gate(features)
         return features + gate * self.residual(features), gate[:, 0]
