@@ -141,24 +141,36 @@ def test_opcheck(place, dtype):
     assert registered <= seen
 
 
-def test_an_operator_of_exported_programs_has_the_gradient_of_its_function(place):
-    """Of that which torch.export leaves in a program."""
-    x, labels = torch.randn(9, 4, device=place.device), torch.arange(9, device=place.device) // 3
-    options = {"k": 2, "margin": 30.0, "alpha": 1.0, "beta": 0.5, "squared": True}
+# Those that torch.export leaves in a program.
+WITH_GRADIENT = ("range_loss_forward", "quintuplet_forward")
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENT)
+def test_an_operator_of_exported_programs_has_the_gradient_of_its_function(place, name):
+    x, labels = torch.randn(12, 4, device=place.device), torch.arange(12, device=place.device) // 3
+    calls = {
+        "range_loss_forward": (
+            lambda x: functional.range_loss(x, labels, margin=30.0, alpha=1.0, beta=0.5),
+            (labels, 2, 30.0, 1.0, 0.5, True, -100, place.backend),
+        ),
+        "quintuplet_forward": (
+            lambda x: functional.quintuplet_loss(x, labels // 2, labels, margins=(0.1, 0.2, 0.3)),
+            (labels // 2, labels, 0.1, 0.2, 0.3, "mean", -100, place.backend),
+        ),
+    }
+    function, arguments = calls[name]
     features = [x.clone().requires_grad_() for _ in range(2)]
     with place.run():
-        (2.5 * functional.range_loss(features[0], labels, **options)).backward()
-    loss, *state = OPS.range_loss_forward(
-        features[1], labels, *options.values(), -100, place.backend
-    )
+        (2.5 * function(features[0])).backward()
+    loss, *state = getattr(OPS, name)(features[1], *arguments)
     (2.5 * loss).backward()
-    assert torch.equal(features[0].grad, features[1].grad)
+    assert features[0].grad.any() and torch.equal(features[0].grad, features[1].grad)
     assert not any(each.requires_grad for each in state)
 
 
 def test_an_operator_refuses_inputs_that_require_a_gradient(place):
     for operator, args in samples(place, torch.float32):
-        if operator.__name__ == "range_loss_forward":
+        if operator.__name__ in WITH_GRADIENT:
             continue
         floating = [
             i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()
