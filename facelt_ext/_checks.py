@@ -83,6 +83,12 @@ def check_matrix(value: Tensor, name: str) -> Tensor:
     return value
 
 
+def check_values(value: Tensor, name: str) -> None:
+    """Raises for a tensor on the meta device, where no other argument says which is wanted."""
+    if value.device.type == "meta":
+        raise ValueError(f"{name}: expected values, got a tensor on meta")
+
+
 def check_integers(
     value: Tensor, name: str, like: Tensor | None = None, like_name: str | None = None
 ) -> Tensor:

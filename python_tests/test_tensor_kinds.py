@@ -127,3 +127,16 @@ def test_what_a_hook_makes_of_saved_tensors_is_named(name):
 def test_a_negated_view_is_read_as_what_it_means():
     negated = torch._neg_view(X)
     assert torch.equal(functional.range_loss(negated, Y), functional.range_loss(-X, Y))
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (functional.min_centroid_distance, "centroids"),
+        (functional.inter_class_compactness, "weight"),
+        (functional.domain_frequency_indicator, "weight"),
+    ],
+)
+def test_the_only_tensor_of_a_call_has_values(function, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected values, got a tensor on meta"):
+        function(torch.randn(4, 3, device="meta"))

@@ -11,6 +11,7 @@ from facelt_ext._checks import (
     check_integers,
     check_matrix,
     check_size,
+    check_values,
 )
 from facelt_ext._operators import operator
 from facelt_ext.functional._second_order import gradient_through_reference
@@ -82,6 +83,7 @@ def min_centroid_distance(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
     """
     centroids = check_matrix(centroids, "centroids")
+    check_values(centroids, "centroids")
     squared = check_flag(squared, "squared")
     if counts is not None:
         counts = check_integers(counts, "counts", centroids, "centroids")

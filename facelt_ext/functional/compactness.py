@@ -13,6 +13,7 @@ from facelt_ext._checks import (
     check_matrix,
     check_positive,
     check_tensor,
+    check_values,
 )
 from facelt_ext._operators import operator
 from facelt_ext.functional._products import (
@@ -97,6 +98,7 @@ def _checked(
     weight: Tensor, index: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor | None, float]:
     weight = check_matrix(weight, "weight")
+    check_values(weight, "weight")
     if len(weight) < 1:
         raise ValueError(f"weight: expected at least one row, got {list(weight.shape)}")
     scale = float(check_positive(scale, "scale", compute_dtype(weight.dtype)))
