@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from facelt_ext import _backend, _native, reference
-from facelt_ext._checks import check_count, check_integers, check_matrix, check_size
+from facelt_ext._checks import (
+    check_count,
+    check_integers,
+    check_matrix,
+    check_size,
+    check_values,
+)
 from facelt_ext._kept_tensors import KeepsTensors, check_saved_integers
 from facelt_ext._operators import operator
 
@@ -78,8 +84,7 @@ def checked_super_class(super_class: Tensor) -> Tensor:
         raise ValueError(
             f"super_class: expected shape [classes], one for each, got {list(super_class.shape)}"
         )
-    if super_class.is_meta:
-        raise ValueError("super_class: expected values, got a tensor on meta")
+    check_values(super_class, "super_class")
     return super_class.to(torch.int64, copy=True)
 
 
