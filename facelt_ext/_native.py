@@ -52,20 +52,23 @@ def run(backend: str, like: Tensor, function: str, *args: object) -> None:
             stream = torch.cuda.current_stream().cuda_stream
             getattr(_kernels(backend, "cuda"), function)(*args, stream)
     else:
-        # The name of a device is a new string each time, which small losses notice.
-        device_type = "cpu" if like.is_cpu else like.device.type
-        getattr(_kernels(backend, device_type), function)(*args, torch.get_num_threads())
+        getattr(_kernels(backend, _device_type(like)), function)(*args, torch.get_num_threads())
 
 
 def call(backend: str, like: Tensor, function: str, *args: int) -> int:
     """What a function says that runs no kernel."""
-    return getattr(_kernels(backend, like.device.type), function)(*args)
+    return getattr(_kernels(backend, _device_type(like)), function)(*args)
+
+
+def _device_type(like: Tensor) -> str:
+    # The name of a device is a new string each time, which small losses notice.
+    return "cpu" if like.is_cpu else like.device.type
 
 
 def workspace(backend: str, like: Tensor, function: str, *args: int) -> Tensor:
     """Uninitialised memory of the size that the native function asks for."""
     size = call(backend, like, function + "_workspace", *args)
-    if size == 0 and like.device.type == "cpu":
+    if size == 0 and like.is_cpu:
         return _NOTHING
     return torch.empty(size, dtype=torch.uint8, device=like.device)
 

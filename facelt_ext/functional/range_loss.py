@@ -74,22 +74,18 @@ def range_loss(
             features, labels, k=k, margin=margin, alpha=alpha, beta=beta, squared=squared,
             ignore_index=ignore_index,
         )  # fmt: skip
-    arguments = (
-        features, labels, k, float(margin), float(alpha), float(beta), squared, ignore_index,
-        backend,
-    )  # fmt: skip
-    return _forward(*arguments)[0] if is_exporting() else RangeLossFunction.apply(*arguments)
+    options = (k, float(margin), float(alpha), float(beta), squared, ignore_index)
+    if is_exporting():
+        return _forward(features, labels, *options, backend)[0]
+    return RangeLossFunction.apply(features, labels, options, backend)
 
 
 class RangeLossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, labels, k, margin, alpha, beta, squared, ignore_index, backend):
-        loss, state_index, state_value = _forward(
-            features, labels, k, margin, alpha, beta, squared, ignore_index, backend
-        )
+    def forward(ctx, features, labels, options, backend):
+        loss, state_index, state_value = _forward(features, labels, *options, backend)
         ctx.save_for_backward(features, labels, state_index, state_value)
-        ctx.options = (k, margin, alpha, beta, squared, ignore_index)
-        ctx.backend = backend
+        ctx.options, ctx.backend = options, backend
         return loss
 
     @staticmethod
@@ -107,7 +103,7 @@ class RangeLossFunction(torch.autograd.Function):
             grad = gradient_through_reference(again, features, grad_loss)
         else:
             grad = _backward(grad_loss, features, k, state_index, state_value, ctx.backend)
-        return grad, *[None] * 8
+        return grad, None, None, None
 
 
 def _forward_fake(features, labels, k, margin, alpha, beta, squared, ignore_index, backend):
