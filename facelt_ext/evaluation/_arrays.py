@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from facelt_ext._checks import (
 from facelt_ext.types import compute_dtype
 
 Array = Tensor | np.ndarray
-
-# Scores that are held at a time: blocks of rows and columns.
-BLOCK_ROWS, BLOCK_COLUMNS = 1 << 10, 1 << 14
 
 
 def as_tensor(value: Array, name: str) -> Tensor:
@@ -149,14 +146,3 @@ def rate(value: float, name: str) -> float:
 def shuffled(count: int, generator: torch.Generator) -> Tensor:
     """int64 [count] on the CPU, 0 .. count - 1 in random order."""
     return torch.randperm(count, generator=generator, device="cpu")
-
-
-def blocks(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """The products of all rows with all columns, block by block, and where each block begins.
-
-    Columns may lie on another device; the blocks lie where the rows do.
-    """
-    for left in range(0, len(columns), BLOCK_COLUMNS):
-        some = columns[left : left + BLOCK_COLUMNS].to(rows.device).t()
-        for top in range(0, len(rows), BLOCK_ROWS):
-            yield top, left, rows[top : top + BLOCK_ROWS] @ some

@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from facelt_ext._autocast import without_autocast
-from facelt_ext.evaluation._arrays import (
-    BLOCK_COLUMNS,
-    BLOCK_ROWS,
-    Array,
-    integers,
-    rates,
-    scored_pairs,
-    unit_features,
-)
+from facelt_ext.evaluation._arrays import Array, integers, rates, scored_pairs, unit_features
+from facelt_ext.evaluation._scores import BLOCK_COLUMNS, BLOCK_ROWS, rounded
 
 
 class OperatingPoints(NamedTuple):
@@ -185,10 +178,14 @@ def operating_points(
     return OperatingPoints(*torch.tensor(points, dtype=torch.float64, device="cpu").unbind(1))
 
 
-def accept_threshold(hardest: Tensor, impostors: int, far: float) -> float:
-    """The score above which at most `far` of the impostors lie."""
+def accept_threshold(hardest: Tensor, impostors: int, far: float, tie: float = 0.0) -> float:
+    """Above it lie at most `far` of the impostors, and nothing equal to one that lies below it.
+
+    Args:
+        tie: scores that are no further apart are equal.
+    """
     allowed = allowed_accepts(far, impostors)
-    return float(hardest[allowed]) if allowed < impostors else -np.inf
+    return float(hardest[allowed]) + tie if allowed < impostors else -np.inf
 
 
 def allowed_accepts(far: float, impostors: int) -> int:
@@ -202,7 +199,8 @@ def _upper_blocks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Te
     for top in range(0, len(features), BLOCK_ROWS):
         rows = features[top : top + BLOCK_ROWS]
         for left in range(top, len(features), BLOCK_COLUMNS):
-            scores = rows @ features[left : left + BLOCK_COLUMNS].t()
+            scores = rows.double() @ features[left : left + BLOCK_COLUMNS].double().t()
+            scores = rounded(scores, features.dtype)
             same = labels[top : top + BLOCK_ROWS, None] == labels[left : left + BLOCK_COLUMNS]
             once = torch.ones_like(same).triu(top - left + 1)
             yield scores[once], same[once]

@@ -28,9 +28,7 @@ from facelt_ext.evaluation._arrays import (
     scored_pairs,
     unit_features,
 )
-
-# Pairs whose features are gathered at a time.
-PAIRS = 1 << 16
+from facelt_ext.evaluation._scores import exact_cosines, rounded
 
 
 class FoldAccuracy(NamedTuple):
@@ -168,8 +166,7 @@ def pair_scores(features: Array, first: Array, second: Array) -> Tensor:
     second = indices(second, "second", len(features), features)
     if len(first) != len(second):
         raise ValueError(f"second: expected {len(first)} numbers, as in first, got {len(second)}")
-    chunks = zip(first.split(PAIRS), second.split(PAIRS), strict=True)
-    return torch.cat([(features[a] * features[b]).sum(1) for a, b in chunks])
+    return rounded(exact_cosines(features, features, first, second), features.dtype)
 
 
 def fold_accuracy(scores: Array, same: Array, folds: int | Array = 10) -> FoldAccuracy:

@@ -1,0 +1,157 @@
+"""Cosines that are compared with each other, though they come from different products.
+
+How a product rounds depends on where its rows lie, so that copies of one image score differently in
+two products. Scores of blocks therefore only sort out what is far from a limit. What is near it is
+computed anew in float64, and scores no further apart than `tie_width` are equal. Scores that are
+handed out are computed in float64 and `rounded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Scores of a block: rows and columns.
+BLOCK_ROWS, BLOCK_COLUMNS = 1 << 10, 1 << 14
+# Numbers of features that are gathered at a time: on the CPU so few that they stay in the caches.
+GATHERED = {"cpu": 1 << 17, "cuda": 1 << 24}
+# In the precision of the features: what their rounding makes of equal cosines.
+TIE = 8
+# Where more than this part of a block is wanted, all of it is computed.
+DENSE = 1 / 64
+# To this, float64 scores are rounded: far more than two float64 products differ by.
+STEP = 2.0**-40
+
+
+class Block(NamedTuple):
+    """Scores [r, c] of rows with columns, and from which row and column on these are.
+
+    Each is within `error` of the cosine.
+    """
+
+    top: int
+    left: int
+    rows: Tensor
+    columns: Tensor
+    scores: Tensor
+    error: float
+
+    @property
+    def part(self) -> slice:
+        """Of the rows."""
+        return slice(self.top, self.top + len(self.scores))
+
+    def exact(self, row: Tensor, column: Tensor) -> Tensor:
+        """float64 [n], the cosines of rows and columns of the block."""
+        if len(row) < DENSE * self.scores.numel():
+            return exact_cosines(self.rows, self.columns, row, column)
+        return (self.rows.double() @ self.columns.double().t())[row, column].clamp_(-1, 1)
+
+
+def tie_width(*features: Tensor) -> float:
+    """How far apart scores of these unit features may be and still count as equal."""
+    return TIE * max(torch.finfo(each.dtype).eps for each in features)
+
+
+def exact_cosines(rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """float64 [n], of pairs of unit features."""
+    size = max(1, GATHERED["cuda" if rows.is_cuda else "cpu"] // rows.shape[1])
+    pairs = zip(row.split(size), column.split(size), strict=True)
+    return torch.cat([(rows[a].double() * columns[b]).sum(1) for a, b in pairs]).clamp_(-1, 1)
+
+
+def rounded(cosines: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 cosines in `dtype`, alike for copies though their products were not; overwritten."""
+    if dtype == torch.float64:
+        cosines.div_(STEP).round_().mul_(STEP)
+    return cosines.clamp_(-1, 1).to(dtype)
+
+
+def blocks(rows: Tensor, columns: Tensor) -> Iterator[Block]:
+    """All unit rows with all unit columns, which may lie on another device."""
+    dtype = _product_dtype(rows)
+    error = torch.finfo(dtype).eps * (rows.shape[1] / 2 + 4)
+    for left in range(0, len(columns), BLOCK_COLUMNS):
+        right_side = columns[left : left + BLOCK_COLUMNS].to(rows.device, dtype)
+        for top in range(0, len(rows), BLOCK_ROWS):
+            left_side = rows[top : top + BLOCK_ROWS].to(dtype)
+            scores = left_side @ right_side.t()
+            yield Block(top, left, left_side, right_side, scores, error)
+
+
+def _product_dtype(features: Tensor) -> torch.dtype:
+    """float64 where torch is set to products of float32 that are none (TF32, bfloat16)."""
+    if features.dtype == torch.float32:
+        number = features.new_full((64, 64), 1 + 2**-12)
+        if not torch.equal(number @ torch.eye(64).to(number), number):
+            return torch.float64
+    return features.dtype
+
+
+def raise_to_best(best: Tensor, block: Block, among: Tensor | None = None) -> None:
+    """Raises `best`, float64 [rows], where a score of the block is higher.
+
+    Args:
+        among: bool [r, c], which scores count; all by default.
+    """
+    scores, best = block.scores, best[block.part]
+    if among is not None:
+        scores = scores.masked_fill(~among, -torch.inf)
+    highest = scores.amax(1)
+    least = torch.maximum(highest.double(), best) - 2 * block.error
+    least = least.where(highest > -torch.inf, torch.inf).to(scores.dtype)
+    row, column = (scores >= least[:, None]).nonzero(as_tuple=True)
+    best.scatter_reduce_(0, row, block.exact(row, column), "amax")
+
+
+def count_reaching(block: Block, limits: Tensor, among: Tensor | None = None) -> Tensor:
+    """int64 [r], how many scores of each row are at least its limit, float64 [r].
+
+    Args:
+        among: as of `raise_to_best`.
+    """
+    low, high = _around(limits, block)
+    reached = block.scores >= low[:, None]
+    if among is not None:
+        reached &= among
+    row, column = (reached & (block.scores < high[:, None])).nonzero(as_tuple=True)
+    below = row[block.exact(row, column) < limits[row]]
+    # As bytes, which add up twice as fast as bools.
+    counts = reached.view(torch.uint8).sum(1)
+    return counts - below.bincount(minlength=len(counts))
+
+
+def count_reaching_each(block: Block, limits: Tensor) -> Tensor:
+    """int64 [r, m], how many scores of each row are at least each of its limits.
+
+    Args:
+        limits: float64 [r, m], each row ascending.
+    """
+    rows, sizes = limits.shape
+    (low, high), values = _around(limits, block), block.scores
+    row = torch.arange(rows, device=values.device)[:, None]
+    column = torch.arange(values.shape[1], device=values.device)
+    candidates = values >= low[:, :1]
+    if int(candidates.count_nonzero()) < DENSE * candidates.numel():
+        row, column = (each[:, None] for each in candidates.nonzero(as_tuple=True))
+        values, low, high = values[row, column], low[row[:, 0]], high[row[:, 0]]
+    reached = torch.searchsorted(low, values, right=True)
+    # Of the limits that a score may have reached, the highest is in doubt if any is.
+    high = torch.cat([torch.full_like(high[:, :1], -torch.inf), high], dim=1)
+    doubtful = values < high.gather(1, reached)
+    if doubtful.any():
+        row_, column_ = (each.expand_as(doubtful)[doubtful] for each in (row, column))
+        exact = block.exact(row_, column_)[:, None]
+        reached[doubtful] = torch.searchsorted(limits[row_], exact, right=True)[:, 0]
+    number = reached.add_(row * (sizes + 1)).flatten()
+    counts = number.bincount(minlength=rows * (sizes + 1)).view(rows, sizes + 1)
+    return counts.flip(1).cumsum(1).flip(1)[:, 1:]
+
+
+def _around(limits: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Below the first no score of the block reaches the limit, from the second on all do."""
+    dtype = block.scores.dtype
+    return (limits - block.error).to(dtype), (limits + block.error).to(dtype)
