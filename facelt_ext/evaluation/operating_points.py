@@ -108,12 +108,12 @@ def all_pairs_tar_at_far(
         )
     kept = min(impostors, 1 + max(allowed_accepts(each, impostors) for each in wanted))
     genuine, hardest = [], features.new_empty(0)
-    for scores, same in _upper_blocks(features, labels):
-        genuine.append(scores[same])
-        others = scores[~same]
+    for scores, same, once in _upper_blocks(features, labels):
+        genuine.append(scores[same & once])
+        others = once & ~same
         if len(hardest) == kept:
-            others = others[others > hardest[-1]]
-        hardest = torch.cat([hardest, others])
+            others &= scores > hardest[-1]
+        hardest = torch.cat([hardest, scores[others]])
         hardest = hardest.topk(min(kept, len(hardest))).values
     return operating_points(torch.cat(genuine), hardest, impostors, wanted)
 
@@ -132,7 +132,7 @@ def all_pairs(features: Array, labels: Array) -> tuple[Tensor, Tensor]:
     """
     features = unit_features(features, "features")
     labels = integers(labels, "labels", len(features), features)
-    found = list(_upper_blocks(features, labels))
+    found = [(scores[once], same[once]) for scores, same, once in _upper_blocks(features, labels)]
     if not found:
         return features.new_empty(0), torch.empty(0, dtype=torch.bool, device=features.device)
     scores, same = zip(*found, strict=True)
@@ -194,8 +194,8 @@ def allowed_accepts(far: float, impostors: int) -> int:
     return allowed + 1 if (allowed + 1) / impostors <= far else allowed
 
 
-def _upper_blocks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores and sameness of each pair once, flat, block by block."""
+def _upper_blocks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Block by block, scores, sameness, and a mask that has each pair once."""
     for top in range(0, len(features), BLOCK_ROWS):
         rows = features[top : top + BLOCK_ROWS]
         for left in range(top, len(features), BLOCK_COLUMNS):
@@ -203,4 +203,4 @@ def _upper_blocks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Te
             scores = rounded(scores, features.dtype)
             same = labels[top : top + BLOCK_ROWS, None] == labels[left : left + BLOCK_COLUMNS]
             once = torch.ones_like(same).triu(top - left + 1)
-            yield scores[once], same[once]
+            yield scores, same, once
