@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from facelt_ext._rounding import product_dtype, product_error
+
 # Scores of a block: rows and columns.
 BLOCK_ROWS, BLOCK_COLUMNS = 1 << 10, 1 << 14
 # Numbers of features that are gathered at a time: on the CPU so few that they stay in the caches.
 GATHERED = {"cpu": 1 << 17, "cuda": 1 << 24}
-# In the precision of the features: what their rounding makes of equal cosines.
-TIE = 8
 # Where more than this part of a block is wanted, all of it is computed.
 DENSE = 1 / 64
 # To this, float64 scores are rounded: far more than two float64 products differ by.
@@ -51,11 +51,6 @@ class Block(NamedTuple):
         return (self.rows.double() @ self.columns.double().t())[row, column].clamp_(-1, 1)
 
 
-def tie_width(*features: Tensor) -> float:
-    """How far apart scores of these unit features may be and still count as equal."""
-    return TIE * max(torch.finfo(each.dtype).eps for each in features)
-
-
 def exact_cosines(rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """float64 [n], of pairs of unit features."""
     size = max(1, GATHERED["cuda" if rows.is_cuda else "cpu"] // rows.shape[1])
@@ -72,23 +67,13 @@ def rounded(cosines: Tensor, dtype: torch.dtype) -> Tensor:
 
 def blocks(rows: Tensor, columns: Tensor) -> Iterator[Block]:
     """All unit rows with all unit columns, which may lie on another device."""
-    dtype = _product_dtype(rows)
-    error = torch.finfo(dtype).eps * (rows.shape[1] / 2 + 4)
+    dtype = product_dtype(rows)
     for left in range(0, len(columns), BLOCK_COLUMNS):
         right_side = columns[left : left + BLOCK_COLUMNS].to(rows.device, dtype)
         for top in range(0, len(rows), BLOCK_ROWS):
             left_side = rows[top : top + BLOCK_ROWS].to(dtype)
             scores = left_side @ right_side.t()
-            yield Block(top, left, left_side, right_side, scores, error)
-
-
-def _product_dtype(features: Tensor) -> torch.dtype:
-    """float64 where torch is set to products of float32 that are none (TF32, bfloat16)."""
-    if features.dtype == torch.float32:
-        number = features.new_full((64, 64), 1 + 2**-12)
-        if not torch.equal(number @ torch.eye(64).to(number), number):
-            return torch.float64
-    return features.dtype
+            yield Block(top, left, left_side, right_side, scores, product_error(left_side))
 
 
 def raise_to_best(best: Tensor, block: Block, among: Tensor | None = None) -> None:

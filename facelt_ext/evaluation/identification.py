@@ -12,6 +12,7 @@ from torch import Tensor
 
 from facelt_ext._autocast import without_autocast
 from facelt_ext._checks import check_count, check_tensor, zeros_of_size
+from facelt_ext._rounding import tie_width
 from facelt_ext.evaluation._arrays import Array, integers, rates, unit_features
 from facelt_ext.evaluation._scores import (
     BLOCK_COLUMNS,
@@ -21,7 +22,6 @@ from facelt_ext.evaluation._scores import (
     count_reaching_each,
     exact_cosines,
     raise_to_best,
-    tie_width,
 )
 from facelt_ext.evaluation.operating_points import accept_threshold
 
