@@ -41,9 +41,9 @@ def _from_numpy(value: np.ndarray, name: str) -> Tensor:
         dtype = np.dtype(np.int64)
     # Read-only arrays, as of files mapped into memory, are copied: chunk by chunk where large.
     value = np.require(value.astype(dtype, copy=False), requirements=["C", "W"])
-    if not value.size:
-        # To NumPy any strides of nothing are in order.
-        value = np.empty(value.shape, dtype)
+    if not value.size or min(value.strides, default=0) < 0:
+        # To NumPy any strides of nothing, or of one row, are in order.
+        value = value.copy(order="C")
     try:
         return torch.from_numpy(value)
     except TypeError as error:
@@ -55,7 +55,8 @@ def unit_features(value: Array, name: str, dimensions: int | None = None) -> Ten
     value = check_matrix(as_tensor(value, name), name)
     if dimensions is not None and value.shape[1] != dimensions:
         raise ValueError(f"{name}: expected {dimensions} dimensions, got {value.shape[1]}")
-    value = value.to(compute_dtype(value.dtype))
+    # Contiguous, so that the lengths of all copies of a row are added up in one order.
+    value = value.to(compute_dtype(value.dtype)).contiguous()
     finite = value.isfinite().all(dim=1)
     if not finite.all():
         row = int((~finite).nonzero()[0])

@@ -2,13 +2,12 @@
 
 How a product rounds depends on where its rows lie, so that copies of one image score differently in
 two products. Scores of blocks therefore only sort out what is far from a limit. What is near it is
-computed anew in float64, and scores no further apart than `tie_width` are equal. Scores that are
-handed out are computed in float64 and `rounded`.
+computed anew, by products that do not round: see `parts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,8 +21,10 @@ BLOCK_ROWS, BLOCK_COLUMNS = 1 << 10, 1 << 14
 GATHERED = {"cpu": 1 << 17, "cuda": 1 << 24}
 # Where more than this part of a block is wanted, all of it is computed.
 DENSE = 1 / 64
-# To this, float64 scores are rounded: far more than two float64 products differ by.
-STEP = 2.0**-40
+# Steps of the two parts of a feature, as powers of 2.
+COARSE, FINE = 26, 47
+
+Parts = Sequence[Tensor]
 
 
 class Block(NamedTuple):
@@ -48,21 +49,43 @@ class Block(NamedTuple):
         """float64 [n], the cosines of rows and columns of the block."""
         if len(row) < DENSE * self.scores.numel():
             return exact_cosines(self.rows, self.columns, row, column)
-        return (self.rows.double() @ self.columns.double().t())[row, column].clamp_(-1, 1)
+        return product(parts(self.rows), parts(self.columns))[row, column]
+
+
+def parts(features: Tensor) -> Parts:
+    """float64 tensors whose sum is the unit features, the second of float64 features only.
+
+    The first has multiples of 2^-26. Sums of their products are multiples of 2^-52 below 2, all of
+    which float64 holds: they have the same bits in whatever order they are added up. As exact are
+    products of the second, multiples of 2^-47, with the first.
+    """
+    wide = features.double()
+    coarse = (wide * 2.0**COARSE).round_().mul_(2.0**-COARSE)
+    if features.dtype != torch.float64:
+        return (coarse,)
+    return coarse, (wide - coarse).mul_(2.0**FINE).round_().mul_(2.0**-FINE)
+
+
+def product(rows: Parts, columns: Parts) -> Tensor:
+    """float64 [r, c], the cosines of all rows with all columns."""
+    cosines = rows[0] @ columns[0].t()
+    if len(rows) > 1:
+        cosines += rows[0] @ columns[1].t() + rows[1] @ columns[0].t()
+    return cosines.clamp_(-1, 1)
 
 
 def exact_cosines(rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """float64 [n], of pairs of unit features."""
     size = max(1, GATHERED["cuda" if rows.is_cuda else "cpu"] // rows.shape[1])
     pairs = zip(row.split(size), column.split(size), strict=True)
-    return torch.cat([(rows[a].double() * columns[b]).sum(1) for a, b in pairs]).clamp_(-1, 1)
+    return torch.cat([_row_products(parts(rows[a]), parts(columns[b])) for a, b in pairs])
 
 
-def rounded(cosines: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 cosines in `dtype`, alike for copies though their products were not; overwritten."""
-    if dtype == torch.float64:
-        cosines.div_(STEP).round_().mul_(STEP)
-    return cosines.clamp_(-1, 1).to(dtype)
+def _row_products(rows: Parts, columns: Parts) -> Tensor:
+    cosines = (rows[0] * columns[0]).sum(1)
+    if len(rows) > 1:
+        cosines += (rows[0] * columns[1]).sum(1) + (rows[1] * columns[0]).sum(1)
+    return cosines.clamp_(-1, 1)
 
 
 def blocks(rows: Tensor, columns: Tensor) -> Iterator[Block]:

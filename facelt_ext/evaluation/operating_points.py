@@ -11,7 +11,7 @@ from torch import Tensor
 
 from facelt_ext._autocast import without_autocast
 from facelt_ext.evaluation._arrays import Array, integers, rates, scored_pairs, unit_features
-from facelt_ext.evaluation._scores import BLOCK_COLUMNS, BLOCK_ROWS, rounded
+from facelt_ext.evaluation._scores import BLOCK_COLUMNS, BLOCK_ROWS, parts, product
 
 
 class OperatingPoints(NamedTuple):
@@ -196,11 +196,12 @@ def allowed_accepts(far: float, impostors: int) -> int:
 
 def _upper_blocks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Block by block, scores, sameness, and a mask that has each pair once."""
+    split = parts(features)
     for top in range(0, len(features), BLOCK_ROWS):
-        rows = features[top : top + BLOCK_ROWS]
+        rows = [part[top : top + BLOCK_ROWS] for part in split]
         for left in range(top, len(features), BLOCK_COLUMNS):
-            scores = rows.double() @ features[left : left + BLOCK_COLUMNS].double().t()
-            scores = rounded(scores, features.dtype)
+            columns = [part[left : left + BLOCK_COLUMNS] for part in split]
+            scores = product(rows, columns).to(features.dtype)
             same = labels[top : top + BLOCK_ROWS, None] == labels[left : left + BLOCK_COLUMNS]
             once = torch.ones_like(same).triu(top - left + 1)
             yield scores, same, once

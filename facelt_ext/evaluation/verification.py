@@ -28,7 +28,7 @@ from facelt_ext.evaluation._arrays import (
     scored_pairs,
     unit_features,
 )
-from facelt_ext.evaluation._scores import exact_cosines, rounded
+from facelt_ext.evaluation._scores import exact_cosines
 
 
 class FoldAccuracy(NamedTuple):
@@ -166,7 +166,7 @@ def pair_scores(features: Array, first: Array, second: Array) -> Tensor:
     second = indices(second, "second", len(features), features)
     if len(first) != len(second):
         raise ValueError(f"second: expected {len(first)} numbers, as in first, got {len(second)}")
-    return rounded(exact_cosines(features, features, first, second), features.dtype)
+    return exact_cosines(features, features, first, second).to(features.dtype)
 
 
 def fold_accuracy(scores: Array, same: Array, folds: int | Array = 10) -> FoldAccuracy:
