@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# In the precision of the rows: what their rounding makes of equal cosines.
-TIE = 8
+# How far rounding of the rows may put equal cosines apart, and more.
+TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
 def tie_width(*rows: Tensor) -> float:
     """How far apart cosines of these unit rows may be and still count as equal."""
-    return TIE * max(torch.finfo(each.dtype).eps for each in rows)
+    return max(TIE[each.dtype] for each in rows)
 
 
 def product_error(rows: Tensor) -> float:

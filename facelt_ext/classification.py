@@ -31,9 +31,8 @@ class NearestClusterClassifier:
 
         log( min over its clusters m of exp(f.mu_m) / sum over the others' k of exp(f.mu_k) )
 
-    and the best one is the answer, the lower label of equal ones: those no further apart than 8
-    times the precision of the features, 1e-6 for float32. A class that is alone among the N scores
-    +inf.
+    and the best one is the answer, the lower label of equal ones: those no further apart than 1e-6
+    (1e-12 for float64 features). A class that is alone among the N scores +inf.
 
     Args:
         num_neighbors: N, at least 1; the paper searches 20, 30, ..., 200. Of fewer clusters all are

@@ -7,8 +7,10 @@ computed anew, by products that do not round: see `parts`.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,33 +23,44 @@ BLOCK_ROWS, BLOCK_COLUMNS = 1 << 10, 1 << 14
 GATHERED = {"cpu": 1 << 17, "cuda": 1 << 24}
 # Where more than this part of a block is wanted, all of it is computed.
 DENSE = 1 / 64
-# Steps of the two parts of a feature, as powers of 2.
-COARSE, FINE = 26, 47
+# A step of the first part of a feature is this power of 2, and one of the second, times the square
+# root of the dimensions, the other.
+COARSE, FINE = -26, -54
 
 Parts = Sequence[Tensor]
 
 
-class Block(NamedTuple):
-    """Scores [r, c] of rows with columns, and from which row and column on these are.
-
-    Each is within `error` of the cosine.
-    """
+@dataclass(frozen=True)
+class Block:
+    """Some rows, from `top` on, and some columns, from `left` on, both unit features."""
 
     top: int
     left: int
     rows: Tensor
     columns: Tensor
-    scores: Tensor
-    error: float
 
     @property
     def part(self) -> slice:
         """Of the rows."""
-        return slice(self.top, self.top + len(self.scores))
+        return slice(self.top, self.top + len(self.rows))
+
+    @functools.cached_property
+    def scores(self) -> Tensor:
+        """[r, c], each within `error` of what `exact` gives."""
+        return self.rows @ self.columns.t()
+
+    @property
+    def error(self) -> float:
+        # `parts` leave out half as much.
+        return 1.5 * product_error(self.rows)
+
+    def is_few(self, mask: Tensor) -> bool:
+        """Whether those of the block's scores are fewer than are worth a product of all."""
+        return int(mask.count_nonzero()) < DENSE * mask.numel()
 
     def exact(self, row: Tensor, column: Tensor) -> Tensor:
         """float64 [n], the cosines of rows and columns of the block."""
-        if len(row) < DENSE * self.scores.numel():
+        if len(row) < DENSE * len(self.rows) * len(self.columns):
             return exact_cosines(self.rows, self.columns, row, column)
         return product(parts(self.rows), parts(self.columns))[row, column]
 
@@ -56,14 +69,20 @@ def parts(features: Tensor) -> Parts:
     """float64 tensors whose sum is the unit features, the second of float64 features only.
 
     The first has multiples of 2^-26. Sums of their products are multiples of 2^-52 below 2, all of
-    which float64 holds: they have the same bits in whatever order they are added up. As exact are
-    products of the second, multiples of 2^-47, with the first.
+    which float64 holds: they have the same bits in whatever order they are added up. So have
+    products of the first with the second: steps are so many that sums have 53 bits.
     """
     wide = features.double()
-    coarse = (wide * 2.0**COARSE).round_().mul_(2.0**-COARSE)
+    coarse = _multiples(wide, COARSE)
     if features.dtype != torch.float64:
         return (coarse,)
-    return coarse, (wide - coarse).mul_(2.0**FINE).round_().mul_(2.0**-FINE)
+    fine = FINE + math.ceil(math.log2(features.shape[1]) / 2)
+    return coarse, _multiples(wide - coarse, fine)
+
+
+def _multiples(numbers: Tensor, exponent: int) -> Tensor:
+    """Rounded to multiples of this power of 2."""
+    return (numbers * 2.0**-exponent).round_().mul_(2.0**exponent)
 
 
 def product(rows: Parts, columns: Parts) -> Tensor:
@@ -95,8 +114,7 @@ def blocks(rows: Tensor, columns: Tensor) -> Iterator[Block]:
         right_side = columns[left : left + BLOCK_COLUMNS].to(rows.device, dtype)
         for top in range(0, len(rows), BLOCK_ROWS):
             left_side = rows[top : top + BLOCK_ROWS].to(dtype)
-            scores = left_side @ right_side.t()
-            yield Block(top, left, left_side, right_side, scores, product_error(left_side))
+            yield Block(top, left, left_side, right_side)
 
 
 def raise_to_best(best: Tensor, block: Block, among: Tensor | None = None) -> None:
@@ -105,13 +123,16 @@ def raise_to_best(best: Tensor, block: Block, among: Tensor | None = None) -> No
     Args:
         among: bool [r, c], which scores count; all by default.
     """
-    scores, best = block.scores, best[block.part]
-    if among is not None:
-        scores = scores.masked_fill(~among, -torch.inf)
-    highest = scores.amax(1)
-    least = torch.maximum(highest.double(), best) - 2 * block.error
-    least = least.where(highest > -torch.inf, torch.inf).to(scores.dtype)
-    row, column = (scores >= least[:, None]).nonzero(as_tuple=True)
+    best = best[block.part]
+    if among is None or not block.is_few(among):
+        scores = block.scores
+        if among is not None:
+            scores = scores.masked_fill(~among, -torch.inf)
+        highest = scores.amax(1)
+        least = torch.maximum(highest.double(), best) - 2 * block.error
+        least = least.where(highest > -torch.inf, torch.inf).to(scores.dtype)
+        among = scores >= least[:, None]
+    row, column = among.nonzero(as_tuple=True)
     best.scatter_reduce_(0, row, block.exact(row, column), "amax")
 
 
@@ -138,12 +159,12 @@ def count_reaching_each(block: Block, limits: Tensor) -> Tensor:
     Args:
         limits: float64 [r, m], each row ascending.
     """
-    rows, sizes = limits.shape
+    rows, width = limits.shape
     (low, high), values = _around(limits, block), block.scores
     row = torch.arange(rows, device=values.device)[:, None]
     column = torch.arange(values.shape[1], device=values.device)
     candidates = values >= low[:, :1]
-    if int(candidates.count_nonzero()) < DENSE * candidates.numel():
+    if block.is_few(candidates):
         row, column = (each[:, None] for each in candidates.nonzero(as_tuple=True))
         values, low, high = values[row, column], low[row[:, 0]], high[row[:, 0]]
     reached = torch.searchsorted(low, values, right=True)
@@ -151,11 +172,11 @@ def count_reaching_each(block: Block, limits: Tensor) -> Tensor:
     high = torch.cat([torch.full_like(high[:, :1], -torch.inf), high], dim=1)
     doubtful = values < high.gather(1, reached)
     if doubtful.any():
-        row_, column_ = (each.expand_as(doubtful)[doubtful] for each in (row, column))
-        exact = block.exact(row_, column_)[:, None]
-        reached[doubtful] = torch.searchsorted(limits[row_], exact, right=True)[:, 0]
-    number = reached.add_(row * (sizes + 1)).flatten()
-    counts = number.bincount(minlength=rows * (sizes + 1)).view(rows, sizes + 1)
+        rows_in_doubt, columns = (each.expand_as(doubtful)[doubtful] for each in (row, column))
+        exact = block.exact(rows_in_doubt, columns)[:, None]
+        reached[doubtful] = torch.searchsorted(limits[rows_in_doubt], exact, right=True)[:, 0]
+    number = reached.add_(row * (width + 1)).flatten()
+    counts = number.bincount(minlength=rows * (width + 1)).view(rows, width + 1)
     return counts.flip(1).cumsum(1).flip(1)[:, 1:]
 
 
