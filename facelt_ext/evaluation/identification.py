@@ -32,7 +32,8 @@ class OpenSetPoints(NamedTuple):
     Attributes:
         far: the share of unknown probes that are accepted: the highest no larger than asked.
         dir: the detection and identification rate there.
-        threshold: probes that score **above** it are accepted.
+        threshold: probes that score **above** it are accepted. It lies above the score of the best
+            unknown probe that is not, and all scores equal to it (see `identification_ranks`).
     """
 
     far: Tensor
@@ -52,7 +53,7 @@ def identification_ranks(
 
     The rank of a probe is one more than the number of images of other identities, distractors
     among them, that score at least as high as the best image of its own: of equal scores the right
-    one comes last.
+    one comes last. Scores no further apart than 1e-6 (1e-12 if all features are float64) are equal.
 
     Args:
         gallery: [G, D], of any lengths; scores are cosines.
@@ -95,8 +96,8 @@ def distractor_ranks(features: Array, labels: Array, distractors: Array) -> Tens
 
     Each image in turn is put, alone of its identity, into a gallery of the distractors, and each
     other image of the identity looks for it (Kemelmacher-Shlizerman et al., CVPR 2016). The rank is
-    one more than the number of distractors that score at least as high. `cmc` of the result at 1
-    is MegaFace's rank-1.
+    one more than the number of distractors that score at least as high, or equal as in
+    `identification_ranks`. `cmc` of the result at 1 is MegaFace's rank-1.
 
     Args:
         features: [N, D], images of the probe set (of FaceScrub, for MegaFace).

@@ -127,8 +127,8 @@ def all_pairs(features: Array, labels: Array) -> tuple[Tensor, Tensor]:
         labels: integers [N].
 
     Returns:
-        scores [N (N - 1) / 2], in blocks rather than row by row, and same, bool, on the device of
-        the features.
+        scores [N (N - 1) / 2], as of `pair_scores`, in blocks rather than row by row, and same,
+        bool, on the device of the features.
     """
     features = unit_features(features, "features")
     labels = integers(labels, "labels", len(features), features)

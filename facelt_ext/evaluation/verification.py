@@ -159,7 +159,8 @@ def pair_scores(features: Array, first: Array, second: Array) -> Tensor:
         first, second: integers [P] in [0, N).
 
     Returns:
-        [P], float64 for float64 features and float32 otherwise, on the features' device.
+        [P] in [-1, 1], float64 for float64 features and float32 otherwise, on the features' device.
+        Pairs of copies have the same bits, here and in `all_pairs`.
     """
     features = unit_features(features, "features")
     first = indices(first, "first", len(features), features)
