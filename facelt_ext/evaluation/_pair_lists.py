@@ -67,7 +67,7 @@ def read_list(path: Path, extension: str) -> tuple[list[int], list[Pair]]:
                 if start + error.position > reached:
                     reached = start + error.position
                     meant = [form] if error.position or header else _FORMS
-                    wanted = ", ".join(each.wanted for each in meant)
+                    wanted = " or ".join(each.wanted for each in meant)
     number, text = lines[reached]
     shown = text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
     raise ValueError(f"{path}, line {number}: expected {wanted}, got {shown!r}")
@@ -207,7 +207,7 @@ def _each(rows: Sequence[list[str]], read: Callable[[list[str]], T | None]) -> l
 _LFW = _Form("'name i j' or 'name i other j'", _read_lfw)
 _FORMS = (
     _Form("'image image 0|1'", _read_plain),
-    _Form("'fold, video, video, 0|1', a fold in each line or in none", _read_ytf),
+    _Form("'fold, video, video, 0|1' (a fold in each line or in none)", _read_ytf),
     _LFW,
     _Form("'image number' in two lines with the same number for each pair", _read_two_lines),
 )
