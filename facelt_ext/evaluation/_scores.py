@@ -21,7 +21,7 @@ from facelt_ext._rounding import product_dtype, product_error
 BLOCK_ROWS, BLOCK_COLUMNS = 1 << 10, 1 << 14
 # Numbers of features that are gathered at a time: on the CPU so few that they stay in the caches.
 GATHERED = {"cpu": 1 << 17, "cuda": 1 << 24}
-# Where more than this part of a block is wanted, all of it is computed.
+# Where more than this part of a block is wanted exactly, all of it is computed so.
 DENSE = 1 / 64
 # A step of the first part of a feature is this power of 2, and one of the second, times the square
 # root of the dimensions, the other.
@@ -55,14 +55,16 @@ class Block:
         return 1.5 * product_error(self.rows)
 
     def is_few(self, mask: Tensor) -> bool:
-        """Whether those of the block's scores are fewer than are worth a product of all."""
-        return int(mask.count_nonzero()) < DENSE * mask.numel()
+        """Whether so few of the block's scores are meant that others need not be computed too."""
+        return int(mask.count_nonzero()) < DENSE * len(self.rows) * len(self.columns)
 
     def exact(self, row: Tensor, column: Tensor) -> Tensor:
         """float64 [n], the cosines of rows and columns of the block."""
-        if len(row) < DENSE * len(self.rows) * len(self.columns):
-            return exact_cosines(self.rows, self.columns, row, column)
-        return product(parts(self.rows), parts(self.columns))[row, column]
+        return exact_cosines(self.rows, self.columns, row, column)
+
+    def all_exact(self) -> Tensor:
+        """float64 [r, c]."""
+        return product(parts(self.rows), parts(self.columns))
 
 
 def parts(features: Tensor) -> Parts:
@@ -132,8 +134,12 @@ def raise_to_best(best: Tensor, block: Block, among: Tensor | None = None) -> No
         least = torch.maximum(highest.double(), best) - 2 * block.error
         least = least.where(highest > -torch.inf, torch.inf).to(scores.dtype)
         among = scores >= least[:, None]
-    row, column = among.nonzero(as_tuple=True)
-    best.scatter_reduce_(0, row, block.exact(row, column), "amax")
+    if block.is_few(among):
+        row, column = among.nonzero(as_tuple=True)
+        best.scatter_reduce_(0, row, block.exact(row, column), "amax")
+    else:
+        exact = block.all_exact().masked_fill_(~among, -torch.inf)
+        torch.maximum(best, exact.amax(1), out=best)
 
 
 def count_reaching(block: Block, limits: Tensor, among: Tensor | None = None) -> Tensor:
@@ -146,11 +152,14 @@ def count_reaching(block: Block, limits: Tensor, among: Tensor | None = None) ->
     reached = block.scores >= low[:, None]
     if among is not None:
         reached &= among
-    row, column = (reached & (block.scores < high[:, None])).nonzero(as_tuple=True)
-    below = row[block.exact(row, column) < limits[row]]
+    doubtful = reached & (block.scores < high[:, None])
+    if block.is_few(doubtful):
+        row, column = doubtful.nonzero(as_tuple=True)
+        reached[row, column] = block.exact(row, column) >= limits[row]
+    else:
+        reached &= block.all_exact() >= limits[:, None]
     # As bytes, which add up twice as fast as bools.
-    counts = reached.view(torch.uint8).sum(1)
-    return counts - below.bincount(minlength=len(counts))
+    return reached.view(torch.uint8).sum(1)
 
 
 def count_reaching_each(block: Block, limits: Tensor) -> Tensor:
@@ -171,7 +180,9 @@ def count_reaching_each(block: Block, limits: Tensor) -> Tensor:
     # Of the limits that a score may have reached, the highest is in doubt if any is.
     high = torch.cat([torch.full_like(high[:, :1], -torch.inf), high], dim=1)
     doubtful = values < high.gather(1, reached)
-    if doubtful.any():
+    if not block.is_few(doubtful):
+        reached = torch.searchsorted(limits, block.all_exact(), right=True)
+    elif doubtful.any():
         rows_in_doubt, columns = (each.expand_as(doubtful)[doubtful] for each in (row, column))
         exact = block.exact(rows_in_doubt, columns)[:, None]
         reached[doubtful] = torch.searchsorted(limits[rows_in_doubt], exact, right=True)[:, 0]
