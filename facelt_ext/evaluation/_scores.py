@@ -152,6 +152,12 @@ def count_reaching(block: Block, limits: Tensor, among: Tensor | None = None) ->
     reached = block.scores >= low[:, None]
     if among is not None:
         reached &= among
+    if block.is_few(reached):
+        row, column = reached.nonzero(as_tuple=True)
+        sure = block.scores[row, column] >= high[row]
+        rest = row[~sure]
+        late = rest[block.exact(rest, column[~sure]) >= limits[rest]]
+        return torch.cat([row[sure], late]).bincount(minlength=len(limits))
     doubtful = reached & (block.scores < high[:, None])
     if block.is_few(doubtful):
         row, column = doubtful.nonzero(as_tuple=True)
