@@ -72,7 +72,8 @@ class BalancedAssignment:
     def _find_prices(self, centroids: Tensor) -> Tensor:
         """From those before, beginning with as much smoothing as it takes to leave them."""
         costs, widest = self.asked, _spread(self.asked, centroids) / 4
-        smoothing = min(self.smoothing, widest)
+        # Equal points leave it at 0, which the next centroids may have no use for.
+        smoothing = min(max(self.smoothing, widest / 2**LEVELS), widest)
         while smoothing < widest and self._step(costs, centroids, smoothing).clipped:
             smoothing = min(RISE * smoothing, widest)
         if smoothing == widest:

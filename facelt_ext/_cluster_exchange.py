@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # How often the halves of a cluster that may be split are made anew from their means.
 HALVING_STEPS = 2
+# Of a gain, in the precision of the means and parts of what the cluster takes off.
+ROUNDING = 8
 
 
 def exchange(engine: _Engine, assignments: Tensor, distances: Tensor) -> float:
@@ -28,8 +30,13 @@ def exchange(engine: _Engine, assignments: Tensor, distances: Tensor) -> float:
         return 0.0
     worth, means, counts = worths(engine, assignments, engine.k)
     upper = _halves(engine, assignments, distances)
-    halves = worths(engine, 2 * assignments + upper, 2 * engine.k)[0].view(engine.k, 2)
-    gains = halves.sum(1) - worth
+    halves, _, sizes = (
+        each.view(engine.k, 2, -1) for each in worths(engine, 2 * assignments + upper, 2 * engine.k)
+    )
+    gains = halves.sum(1)[:, 0] - worth
+    # Points that are equal, but for rounding, are not split.
+    splits = (sizes > 0).all(1)[:, 0] & (gains > ROUNDING * torch.finfo(means.dtype).eps * worth)
+    gains = torch.where(splits, gains, -torch.inf)
     partner = _nearest_other(means)
     together = (means * counts[:, None] + (means * counts[:, None])[partner]) / (
         counts + counts[partner]

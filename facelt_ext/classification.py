@@ -13,6 +13,7 @@ from torch import Tensor
 
 from facelt_ext._autocast import without_autocast
 from facelt_ext._checks import check_choice, check_count, check_data, check_matrix
+from facelt_ext._rounding import product_dtype, product_error, tie_width
 from facelt_ext.clusters import ClusterIndex
 from facelt_ext.reference.margin_softmax import unit_rows
 from facelt_ext.types import compute_dtype
@@ -30,8 +31,8 @@ class NearestClusterClassifier:
 
         log( min over its clusters m of exp(f.mu_m) / sum over the others' k of exp(f.mu_k) )
 
-    and the best one is the answer, the lower label of equal ones. A class that is alone among the
-    N scores +inf.
+    and the best one is the answer, the lower label of equal ones: those no further apart than 1e-6
+    (1e-12 for float64 features). A class that is alone among the N scores +inf.
 
     Args:
         num_neighbors: N, at least 1; the paper searches 20, 30, ..., 200. Of fewer clusters all are
@@ -97,12 +98,24 @@ class NearestClusterClassifier:
             int64 [B], on the device of the features.
         """
         features = self._checked(features)
-        # Of equal scores the lowest class; those that are not the best lie beyond all classes.
-        best = [
-            torch.where(scores == scores.amax(1, keepdim=True), classes, len(self.classes)).amin(1)
-            for scores, classes in self._scores(features)
-        ]
+        best = [self._best(*chunk) for chunk in self._scores(features)]
         return self.classes.to(features.device)[torch.cat(best)]
+
+    def _best(self, rows: Tensor, nearest: Tensor, scores: Tensor, classes: Tensor) -> Tensor:
+        """The number of the class that scores highest; where several may, by exact products."""
+        highest, place = scores.max(1, keepdim=True)
+        best = classes.gather(1, place)
+        close = scores >= highest - 4 * product_error(rows)
+        doubtful = (close & (classes != best)).any(1)
+        best = best[:, 0]
+        if doubtful.any():
+            rows, nearest, classes = (each[doubtful] for each in (rows, nearest, classes))
+            centroids = self.centroids.to(rows.device)
+            scores = _scores(_similarity(rows.double(), centroids, nearest), classes)
+            tied = scores >= scores.amax(1, keepdim=True) - tie_width(rows)
+            # Those that are not the best lie beyond all classes.
+            best[doubtful] = torch.where(tied, classes, len(self.classes)).amin(1)
+        return best
 
     @without_autocast
     def decision_function(self, features: Tensor) -> Tensor:
@@ -121,8 +134,8 @@ class NearestClusterClassifier:
             (len(features), len(self.classes)), -torch.inf, dtype=dtype, device=features.device
         )
         first = 0
-        for scores, classes in self._scores(features):
-            result[first : first + len(scores)].scatter_(1, classes, scores)
+        for _, _, scores, classes in self._scores(features):
+            result[first : first + len(scores)].scatter_(1, classes, scores.to(dtype))
             first += len(scores)
         return result
 
@@ -163,18 +176,19 @@ class NearestClusterClassifier:
             raise ValueError("features: expected finite numbers, got NaN or infinity")
         return features
 
-    def _scores(self, features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Chunk by chunk, of each nearest cluster the score and the number of its class."""
+    def _scores(self, features: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Chunk by chunk, unit rows, their nearest clusters, and of these the score and the number
+        of the class."""
         units = unit_rows(features.to(compute_dtype(features.dtype)))[0]
+        units = units.to(product_dtype(units))
         count = min(self.num_neighbors, len(self.cluster_class))
         centroids = self.centroids.to(units)
         class_number = self._class_number.to(units.device)
         largest = max(len(centroids), count * max(count, units.shape[1]))
         for rows in units.split(max(1, CHUNK // largest)):
             nearest = self._find(rows, count)
-            similarity = (centroids[nearest] @ rows[:, :, None])[:, :, 0]
             classes = class_number[nearest]
-            yield _scores(similarity, classes), classes
+            yield rows, nearest, _scores(_similarity(rows, centroids, nearest), classes), classes
 
 
 def _content(clusters: ClusterIndex) -> tuple[Tensor, Tensor]:
@@ -183,6 +197,11 @@ def _content(clusters: ClusterIndex) -> tuple[Tensor, Tensor]:
     if clusters.centroids is None:
         raise ValueError("clusters: expected ones that were refreshed, got some without centroids")
     return clusters.centroids, clusters.cluster_class
+
+
+def _similarity(rows: Tensor, centroids: Tensor, nearest: Tensor) -> Tensor:
+    """[B, N], of each row with its nearest centroids."""
+    return (centroids[nearest].to(rows) @ rows[:, :, None])[:, :, 0]
 
 
 def _scores(similarity: Tensor, classes: Tensor) -> Tensor:
@@ -197,11 +216,16 @@ def _products(centroids: Tensor) -> Callable[[Tensor, int], Tensor]:
     def find(units: Tensor, count: int) -> Tensor:
         similarity = units @ centroids.to(units).t()
         values, nearest = similarity.topk(count, dim=1)
-        # Which of several equal ones topk takes is left open.
-        doubtful = (similarity >= values[:, -1:]).sum(1) > count
+        # Which of several equal ones topk takes is left open, and rounding may part them.
+        last = values[:, -1:]
+        doubtful = (similarity >= last - 2 * product_error(units)).sum(1) > count
         if doubtful.any():
-            order = similarity[doubtful].sort(dim=1, descending=True, stable=True).indices
-            nearest[doubtful] = order[:, :count]
+            similarity = units[doubtful].double() @ centroids.to(units.device).double().t()
+            last = similarity.topk(count, dim=1).values[:, -1:]
+            tie = tie_width(units)
+            nearer = (similarity > last + tie).int() + (similarity >= last - tie)
+            first = torch.arange(len(centroids), 0, -1, device=nearer.device)
+            nearest[doubtful] = (nearer * len(centroids) + first).topk(count, dim=1).indices
         return nearest
 
     return find

@@ -79,8 +79,9 @@ def kmeans(
         A `Clustering`. Each centroid is what its members make it. They were assigned to the nearest
         (ties to the first) of the centroids before the last step, which are those returned if the
         assignments had stopped changing. A cluster to which no point was nearest has taken the one
-        that was farthest from its own centroid and not alone there. The last step may have
-        exchanged clusters: for a gain below the tolerance, or if `converged` is False.
+        that was farthest from its own centroid and not alone there; so do clusters beyond the
+        number of different points. The last step may have exchanged clusters: for a gain below the
+        tolerance, or if `converged` is False.
 
         If balanced, their squared distances to the centroids before the last step add up to at most
         1 % more than the least sum that such sizes allow, but for rounding. This takes a few k x k

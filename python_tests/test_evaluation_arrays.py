@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from public_calls import content, made, names_of
 from torch import Tensor
 
@@ -113,3 +114,15 @@ def test_rates_of_other_kinds(name, far):
     assert content(function(**{**arguments, "far": far})) == expected
     one = function(**{**arguments, "far": np.float64(RATES[1])})
     assert content(one) == content(function(**{**arguments, "far": [RATES[1]]}))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 5])
+def test_arrays_that_run_backwards(rows: int) -> None:
+    features = np.random.default_rng(0).normal(size=(7, 3))
+    labels = np.arange(7)
+    for some in (slice(None, rows), slice(rows, None, -1), slice(rows, rows + 1)):
+        found = evaluation.all_pairs(features[some][::-1, ::-1], labels[some][::-1])
+        expected = evaluation.all_pairs(
+            features[some][::-1, ::-1].copy(), labels[some][::-1].copy()
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -12,7 +12,7 @@ from sklearn.metrics import top_k_accuracy_score
 from test_evaluation_verification import random_faces
 
 from facelt_ext import evaluation
-from facelt_ext.evaluation import _arrays, identification
+from facelt_ext.evaluation import _scores, identification
 
 
 def at(*degrees: float) -> torch.Tensor:
@@ -26,8 +26,8 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Blocks of the usual size, and some that cut everything up."""
     if request.param is not None:
         rows, columns = request.param
-        monkeypatch.setattr(_arrays, "BLOCK_ROWS", rows)
-        monkeypatch.setattr(_arrays, "BLOCK_COLUMNS", columns)
+        monkeypatch.setattr(_scores, "BLOCK_ROWS", rows)
+        monkeypatch.setattr(_scores, "BLOCK_COLUMNS", columns)
         monkeypatch.setattr(identification, "BLOCK_COLUMNS", columns)
 
 

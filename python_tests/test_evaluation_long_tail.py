@@ -56,62 +56,6 @@ def test_bands_by_hand() -> None:
     assert math.isnan(empty.accuracy) and (empty.images, empty.classes) == (0, 0)
 
 
-def written(folder: Path, text: str) -> Path:
-    path = folder / "pairs.txt"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_pairs_of_lfw(tmp_path: Path) -> None:
-    lines = ["2\t1", "Ann_Lee\t1\t12", "Ann_Lee\t3\tBo\t1", "", "Cy\t2\t4", "Cy\t2\tDi\t1234"]
-    pairs = evaluation.read_pairs(written(tmp_path, "\n".join(lines) + "\n"))
-    assert pairs.first[:2] == ["Ann_Lee/Ann_Lee_0001.jpg", "Ann_Lee/Ann_Lee_0003.jpg"]
-    assert pairs.second == [
-        "Ann_Lee/Ann_Lee_0012.jpg",
-        "Bo/Bo_0001.jpg",
-        "Cy/Cy_0004.jpg",
-        "Di/Di_1234.jpg",
-    ]
-    assert pairs.same.tolist() == [True, False, True, False]
-    assert pairs.folds.tolist() == [0, 0, 1, 1]
-
-
-def test_pairs_of_lfws_first_view_have_no_folds(tmp_path: Path) -> None:
-    path = written(tmp_path, "1\nAnn 1 2\nAnn 1 Bo 1\n")
-    pairs = evaluation.read_pairs(path, extension=".png")
-    assert pairs.first == ["Ann/Ann_0001.png"] * 2 and pairs.folds is None
-
-
-def test_pairs_of_ytf(tmp_path: Path) -> None:
-    title = "split number, first name, second name, is same\n"
-    path = written(tmp_path, title + "1, Ann/0, Bo/2, 0\n1, Ann/0, Ann/1, 1, 0\n3, Cy/1, Cy/2, 1\n")
-    pairs = evaluation.read_pairs(path)
-    assert (pairs.first, pairs.second) == (["Ann/0", "Ann/0", "Cy/1"], ["Bo/2", "Ann/1", "Cy/2"])
-    assert pairs.same.tolist() == [False, True, True] and pairs.folds.tolist() == [0, 0, 1]
-
-
-def test_plain_pairs(tmp_path: Path) -> None:
-    path = written(tmp_path, "first,second,same\na b/1.jpg,c/1.jpg,0\na b/1.jpg,a b/2.jpg,1\n")
-    pairs = evaluation.read_pairs(path)
-    assert pairs.first == ["a b/1.jpg"] * 2 and pairs.same.tolist() == [False, True]
-    assert pairs.folds is None
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "expected at least one pair"),
-        ("2 1\nAnn 1 2\nAnn 1 Bo 1\n", "2 folds of 2 x 1 pairs, as its first line says, got 2"),
-        ("Ann 1 2\nAnn 1 Bo one\n", "line 2: expected 'name i j'"),
-        ("a.jpg b.jpg 2\n", "line 1: expected"),
-        ("1,a,b,1\na b 0\n", "a fold in each line or in none"),
-    ],
-)
-def test_wrong_lists_of_pairs(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        evaluation.read_pairs(written(tmp_path, text))
-
-
 def test_drawn_pairs() -> None:
     labels = torch.arange(30).repeat_interleave(torch.arange(30) % 4 + 1)
     pairs = evaluation.draw_pairs(labels, num_folds=5, pairs_per_fold=9, seed=1)

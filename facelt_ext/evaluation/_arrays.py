@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from facelt_ext._checks import (
 from facelt_ext.types import compute_dtype
 
 Array = Tensor | np.ndarray
-
-# Scores that are held at a time: blocks of rows and columns.
-BLOCK_ROWS, BLOCK_COLUMNS = 1 << 10, 1 << 14
 
 
 def as_tensor(value: Array, name: str) -> Tensor:
@@ -44,9 +41,9 @@ def _from_numpy(value: np.ndarray, name: str) -> Tensor:
         dtype = np.dtype(np.int64)
     # Read-only arrays, as of files mapped into memory, are copied: chunk by chunk where large.
     value = np.require(value.astype(dtype, copy=False), requirements=["C", "W"])
-    if not value.size:
-        # To NumPy any strides of nothing are in order.
-        value = np.empty(value.shape, dtype)
+    if not value.size or min(value.strides, default=0) < 0:
+        # To NumPy any strides of nothing, or of one row, are in order.
+        value = value.copy(order="C")
     try:
         return torch.from_numpy(value)
     except TypeError as error:
@@ -58,7 +55,8 @@ def unit_features(value: Array, name: str, dimensions: int | None = None) -> Ten
     value = check_matrix(as_tensor(value, name), name)
     if dimensions is not None and value.shape[1] != dimensions:
         raise ValueError(f"{name}: expected {dimensions} dimensions, got {value.shape[1]}")
-    value = value.to(compute_dtype(value.dtype))
+    # Contiguous, so that the lengths of all copies of a row are added up in one order.
+    value = value.to(compute_dtype(value.dtype)).contiguous()
     finite = value.isfinite().all(dim=1)
     if not finite.all():
         row = int((~finite).nonzero()[0])
@@ -149,14 +147,3 @@ def rate(value: float, name: str) -> float:
 def shuffled(count: int, generator: torch.Generator) -> Tensor:
     """int64 [count] on the CPU, 0 .. count - 1 in random order."""
     return torch.randperm(count, generator=generator, device="cpu")
-
-
-def blocks(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """The products of all rows with all columns, block by block, and where each block begins.
-
-    Columns may lie on another device; the blocks lie where the rows do.
-    """
-    for left in range(0, len(columns), BLOCK_COLUMNS):
-        some = columns[left : left + BLOCK_COLUMNS].to(rows.device).t()
-        for top in range(0, len(rows), BLOCK_ROWS):
-            yield top, left, rows[top : top + BLOCK_ROWS] @ some

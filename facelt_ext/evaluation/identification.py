@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,16 +12,18 @@ from torch import Tensor
 
 from facelt_ext._autocast import without_autocast
 from facelt_ext._checks import check_count, check_tensor, zeros_of_size
-from facelt_ext.evaluation._arrays import (
+from facelt_ext._rounding import tie_width
+from facelt_ext.evaluation._arrays import Array, integers, rates, unit_features
+from facelt_ext.evaluation._scores import (
     BLOCK_COLUMNS,
-    Array,
+    Block,
     blocks,
-    integers,
-    rates,
-    unit_features,
+    count_reaching,
+    count_reaching_each,
+    exact_cosines,
+    raise_to_best,
 )
 from facelt_ext.evaluation.operating_points import accept_threshold
-from facelt_ext.evaluation.verification import pair_scores
 
 
 class OpenSetPoints(NamedTuple):
@@ -29,7 +32,8 @@ class OpenSetPoints(NamedTuple):
     Attributes:
         far: the share of unknown probes that are accepted: the highest no larger than asked.
         dir: the detection and identification rate there.
-        threshold: probes that score **above** it are accepted.
+        threshold: probes that score **above** it are accepted. It lies above the score of the best
+            unknown probe that is not, and all scores equal to it (see `identification_ranks`).
     """
 
     far: Tensor
@@ -49,7 +53,7 @@ def identification_ranks(
 
     The rank of a probe is one more than the number of images of other identities, distractors
     among them, that score at least as high as the best image of its own: of equal scores the right
-    one comes last.
+    one comes last. Scores no further apart than 1e-6 (1e-12 if all features are float64) are equal.
 
     Args:
         gallery: [G, D], of any lengths; scores are cosines.
@@ -67,18 +71,23 @@ def identification_ranks(
         TypeError, ValueError: wrong types or shapes; features that are not finite; a probe whose
             identity is not in the gallery.
     """
-    known = _Gallery(gallery, gallery_labels, probes, probe_labels)
+    searched = _Gallery(gallery, gallery_labels, probes, probe_labels)
     if distractors is not None:
-        _check_distractors(distractors, known.probes)
-    mate, _ = known.best_scores()
-    missing = mate == -torch.inf
-    if missing.any():
-        row = int(missing.nonzero()[0])
+        nobody = _check_distractors(distractors, searched.probes)
+        searched.tie = max(searched.tie, tie_width(nobody))
+    if not searched.known.all():
+        row = int((~searched.known).nonzero()[0])
         raise ValueError(
             f"probe_labels: expected identities of the gallery, got "
-            f"{int(known.probe_labels[row])} at position {row}"
+            f"{int(searched.probe_labels[row])} at position {row}"
         )
-    return known.ranks(mate) + _count_distractors(known.probes, mate, distractors)
+    mate = searched.best_scores(own=True)
+    ranks = searched.ranks(mate)
+    if distractors is not None:
+        limits = mate - searched.tie
+        for block in _distractor_blocks(searched.probes, distractors):
+            ranks[block.part] += count_reaching(block, limits[block.part])
+    return ranks
 
 
 @without_autocast
@@ -87,8 +96,8 @@ def distractor_ranks(features: Array, labels: Array, distractors: Array) -> Tens
 
     Each image in turn is put, alone of its identity, into a gallery of the distractors, and each
     other image of the identity looks for it (Kemelmacher-Shlizerman et al., CVPR 2016). The rank is
-    one more than the number of distractors that score at least as high. `cmc` of the result at 1
-    is MegaFace's rank-1.
+    one more than the number of distractors that score at least as high, or equal as in
+    `identification_ranks`. `cmc` of the result at 1 is MegaFace's rank-1.
 
     Args:
         features: [N, D], images of the probe set (of FaceScrub, for MegaFace).
@@ -104,7 +113,7 @@ def distractor_ranks(features: Array, labels: Array, distractors: Array) -> Tens
     """
     features = unit_features(features, "features")
     labels = integers(labels, "labels", len(features), features)
-    _check_distractors(distractors, features)
+    tie = tie_width(features, _check_distractors(distractors, features))
     order = labels.argsort(stable=True)
     sizes = labels.unique(return_counts=True)[1].cpu()
     probe, mate = [], []
@@ -118,8 +127,8 @@ def distractor_ranks(features: Array, labels: Array, distractors: Array) -> Tens
         raise ValueError("labels: expected an identity with at least two images, got none")
     order = (probe * len(labels) + mate).argsort()
     probe, mate = probe[order], mate[order]
-    scores = pair_scores(features, probe, mate)
-    return 1 + _count_above_many(features, probe, scores, distractors)
+    limits = exact_cosines(features, features, probe, mate) - tie
+    return 1 + _count_reaching_pairs(features, probe, limits, distractors)
 
 
 def cmc(ranks: Array, max_rank: int = 20) -> Tensor:
@@ -173,21 +182,21 @@ def open_set_identification(
     wanted = rates(far, "far")
     rank = check_count(rank, "rank")
     everyone = _Gallery(gallery, gallery_labels, probes, probe_labels)
-    mate, best = everyone.best_scores()
-    unknown = mate == -torch.inf
-    if unknown.all() or not unknown.any():
+    known = int(everyone.known.sum())
+    if known in (0, len(everyone.known)):
         raise ValueError(
-            f"probe_labels: expected known and unknown identities, got {int((~unknown).sum())} "
-            f"probe(s) of the gallery's and {int(unknown.sum())} of others"
+            f"probe_labels: expected known and unknown identities, got {known} probe(s) of the "
+            f"gallery's and {len(everyone.known) - known} of others"
         )
-    rightly = mate[~unknown][everyone.ranks(mate)[~unknown] <= rank]
-    best = best[unknown].sort(descending=True).values
+    searched, unknown = everyone.only(everyone.known), everyone.only(~everyone.known)
+    mate = searched.best_scores(own=True)
+    rightly = mate[searched.ranks(mate) <= rank]
+    best = unknown.best_scores(own=False).sort(descending=True).values
     points = []
     for each in wanted:
-        threshold = accept_threshold(best, len(best), each)
+        threshold = accept_threshold(best, len(best), each, everyone.tie)
         accepted = float((best > threshold).double().mean())
-        detected = int((rightly > threshold).sum())
-        points.append((accepted, detected / int((~unknown).sum()), threshold))
+        points.append((accepted, int((rightly > threshold).sum()) / known, threshold))
     return OpenSetPoints(*torch.tensor(points, dtype=torch.float64, device="cpu").unbind(1))
 
 
@@ -198,7 +207,9 @@ class _Gallery:
         self, gallery: Array, gallery_labels: Array, probes: Array, probe_labels: Array
     ) -> None:
         self.probes = unit_features(probes, "probes")
-        self.gallery = unit_features(gallery, "gallery", self.probes.shape[1]).to(self.probes)
+        gallery = unit_features(gallery, "gallery", self.probes.shape[1])
+        self.tie = tie_width(self.probes, gallery)
+        self.gallery = gallery.to(self.probes)
         self.labels = integers(gallery_labels, "gallery_labels", len(self.gallery), self.probes)
         self.probe_labels = integers(probe_labels, "probe_labels", len(self.probes), self.probes)
         if len(self.gallery) == 0 or len(self.probes) == 0:
@@ -206,85 +217,71 @@ class _Gallery:
                 f"gallery and probes: expected at least one image in each, got "
                 f"{len(self.gallery)} and {len(self.probes)}"
             )
+        self.known = torch.isin(self.probe_labels, self.labels)
 
-    def best_scores(self) -> tuple[Tensor, Tensor]:
-        """[P] each: of images of the probe's identity, -inf where there is none; and of all."""
-        mate = torch.full_like(self.probes[:, 0], -torch.inf)
-        best = mate.clone()
-        for top, left, scores in blocks(self.probes, self.gallery):
-            part = slice(top, top + len(scores))
-            own = scores.masked_fill(~self._same(top, left, scores), -torch.inf)
-            mate[part] = torch.maximum(mate[part], own.amax(1))
-            best[part] = torch.maximum(best[part], scores.amax(1))
-        return mate, best
+    def only(self, some: Tensor) -> _Gallery:
+        """With some of the probes, bool [P]."""
+        part = copy.copy(self)
+        part.probes, part.probe_labels, part.known = (
+            each[some] for each in (self.probes, self.probe_labels, self.known)
+        )
+        return part
+
+    def best_scores(self, own: bool) -> Tensor:
+        """float64 [P], of images of the probe's identity (-inf where there is none), or of all."""
+        best = self.probes.new_full((len(self.probes),), -torch.inf, dtype=torch.float64)
+        for block in blocks(self.probes, self.gallery):
+            raise_to_best(best, block, self._same(block) if own else None)
+        return best
 
     def ranks(self, mate: Tensor) -> Tensor:
         """int64 [P], one more than the images of others that score at least `mate`."""
-        ranks = torch.ones(len(mate), dtype=torch.int64, device=mate.device)
-        for top, left, scores in blocks(self.probes, self.gallery):
-            part = slice(top, top + len(scores))
-            others = (scores >= mate[part, None]) & ~self._same(top, left, scores)
-            ranks[part] += others.sum(1)
+        ranks = torch.ones_like(mate, dtype=torch.int64)
+        limits = mate - self.tie
+        for block in blocks(self.probes, self.gallery):
+            ranks[block.part] += count_reaching(block, limits[block.part], ~self._same(block))
         return ranks
 
-    def _same(self, top: int, left: int, scores: Tensor) -> Tensor:
-        rows, columns = scores.shape
-        return self.probe_labels[top : top + rows, None] == self.labels[left : left + columns]
+    def _same(self, block: Block) -> Tensor:
+        rows, columns = block.scores.shape
+        return self.probe_labels[block.part, None] == self.labels[block.left : block.left + columns]
 
 
-def _check_distractors(distractors: Array, features: Tensor) -> None:
-    """All but their numbers: those are looked at block by block."""
+def _check_distractors(distractors: Array, features: Tensor) -> Tensor:
+    """All but their numbers: those are looked at block by block. None of them, as unit features."""
     some = distractors
     if isinstance(some, Tensor):
         some = check_tensor(some, "distractors")
     if isinstance(some, np.ndarray | Tensor) and some.ndim == 2:
         some = some[:0]
-    unit_features(some, "distractors", features.shape[1])
+    return unit_features(some, "distractors", features.shape[1])
 
 
-def _distractor_blocks(features: Tensor, distractors: Array) -> Iterator[tuple[int, Tensor]]:
+def _distractor_blocks(features: Tensor, distractors: Array) -> Iterator[Block]:
     """As `blocks`, of distractors that need not fit where the features are."""
     for first in range(0, len(distractors), BLOCK_COLUMNS):
         some = unit_features(
             distractors[first : first + BLOCK_COLUMNS], "distractors", features.shape[1]
         )
-        for top, _, scores in blocks(features, some.to(features)):
-            yield top, scores
+        yield from blocks(features, some.to(features))
 
 
-def _count_distractors(probes: Tensor, mate: Tensor, distractors: Array | None) -> Tensor:
-    """int64 [P], the distractors that score at least `mate`."""
-    counts = torch.zeros(len(mate), dtype=torch.int64, device=mate.device)
-    if distractors is not None:
-        for top, scores in _distractor_blocks(probes, distractors):
-            part = slice(top, top + len(scores))
-            counts[part] += (scores >= mate[part, None]).sum(1)
-    return counts
-
-
-def _count_above_many(
-    features: Tensor, probe: Tensor, scores: Tensor, distractors: Array
+def _count_reaching_pairs(
+    features: Tensor, probe: Tensor, limits: Tensor, distractors: Array
 ) -> Tensor:
-    """int64 [R]: of the probe of each pair, the distractors that score at least `scores`.
+    """int64 [R]: of the probe of each pair, the distractors that score at least its limit.
 
     Args:
         probe: int64 [R], ascending.
+        limits: float64 [R].
     """
     probes, row, sizes = probe.unique(return_inverse=True, return_counts=True)
     starts = sizes.cumsum(0) - sizes
     column = torch.arange(len(probe), device=probe.device) - starts[row]
-    mates = int(sizes.max())
-    table = torch.full((len(probes), mates), torch.inf, dtype=scores.dtype, device=scores.device)
-    table[row, column] = scores
+    table = limits.new_full((len(probes), int(sizes.max())), torch.inf)
+    table[row, column] = limits
     table, place = table.sort(dim=1)
-    # Entry j: the distractors that score at least mate j - 1 but less than mate j, ascending.
-    between = torch.zeros(len(probes), mates + 1, dtype=torch.int64, device=scores.device)
-    for top, block in _distractor_blocks(features[probes], distractors):
-        part = slice(top, top + len(block))
-        passed = torch.searchsorted(table[part], block, right=True)
-        offset = torch.arange(len(block), device=passed.device)[:, None] * (mates + 1)
-        counts = (passed + offset).flatten().bincount(minlength=len(block) * (mates + 1))
-        between[part] += counts.view(len(block), mates + 1)
-    at_least = between.flip(1).cumsum(1).flip(1)[:, 1:]
-    result = torch.empty_like(at_least).scatter_(1, place, at_least)
-    return result[row, column]
+    counts = torch.zeros_like(table, dtype=torch.int64)
+    for block in _distractor_blocks(features[probes], distractors):
+        counts[block.part] += count_reaching_each(block, table[block.part])
+    return torch.empty_like(counts).scatter_(1, place, counts)[row, column]

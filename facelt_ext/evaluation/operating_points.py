@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from facelt_ext._autocast import without_autocast
-from facelt_ext.evaluation._arrays import (
-    BLOCK_COLUMNS,
-    BLOCK_ROWS,
-    Array,
-    integers,
-    rates,
-    scored_pairs,
-    unit_features,
-)
+from facelt_ext.evaluation._arrays import Array, integers, rates, scored_pairs, unit_features
+from facelt_ext.evaluation._scores import BLOCK_COLUMNS, BLOCK_ROWS, parts, product
 
 
 class OperatingPoints(NamedTuple):
@@ -115,12 +108,12 @@ def all_pairs_tar_at_far(
         )
     kept = min(impostors, 1 + max(allowed_accepts(each, impostors) for each in wanted))
     genuine, hardest = [], features.new_empty(0)
-    for scores, same in _upper_blocks(features, labels):
-        genuine.append(scores[same])
-        others = scores[~same]
+    for scores, same, once in _upper_blocks(features, labels):
+        genuine.append(scores[same & once])
+        others = once & ~same
         if len(hardest) == kept:
-            others = others[others > hardest[-1]]
-        hardest = torch.cat([hardest, others])
+            others &= scores > hardest[-1]
+        hardest = torch.cat([hardest, scores[others]])
         hardest = hardest.topk(min(kept, len(hardest))).values
     return operating_points(torch.cat(genuine), hardest, impostors, wanted)
 
@@ -134,12 +127,12 @@ def all_pairs(features: Array, labels: Array) -> tuple[Tensor, Tensor]:
         labels: integers [N].
 
     Returns:
-        scores [N (N - 1) / 2], in blocks rather than row by row, and same, bool, on the device of
-        the features.
+        scores [N (N - 1) / 2], as of `pair_scores`, in blocks rather than row by row, and same,
+        bool, on the device of the features.
     """
     features = unit_features(features, "features")
     labels = integers(labels, "labels", len(features), features)
-    found = list(_upper_blocks(features, labels))
+    found = [(scores[once], same[once]) for scores, same, once in _upper_blocks(features, labels)]
     if not found:
         return features.new_empty(0), torch.empty(0, dtype=torch.bool, device=features.device)
     scores, same = zip(*found, strict=True)
@@ -185,10 +178,14 @@ def operating_points(
     return OperatingPoints(*torch.tensor(points, dtype=torch.float64, device="cpu").unbind(1))
 
 
-def accept_threshold(hardest: Tensor, impostors: int, far: float) -> float:
-    """The score above which at most `far` of the impostors lie."""
+def accept_threshold(hardest: Tensor, impostors: int, far: float, tie: float = 0.0) -> float:
+    """Above it lie at most `far` of the impostors, and nothing equal to one that lies below it.
+
+    Args:
+        tie: scores that are no further apart are equal.
+    """
     allowed = allowed_accepts(far, impostors)
-    return float(hardest[allowed]) if allowed < impostors else -np.inf
+    return float(hardest[allowed]) + tie if allowed < impostors else -np.inf
 
 
 def allowed_accepts(far: float, impostors: int) -> int:
@@ -197,12 +194,14 @@ def allowed_accepts(far: float, impostors: int) -> int:
     return allowed + 1 if (allowed + 1) / impostors <= far else allowed
 
 
-def _upper_blocks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores and sameness of each pair once, flat, block by block."""
+def _upper_blocks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Block by block, scores, sameness, and a mask that has each pair once."""
+    split = parts(features)
     for top in range(0, len(features), BLOCK_ROWS):
-        rows = features[top : top + BLOCK_ROWS]
+        rows = [part[top : top + BLOCK_ROWS] for part in split]
         for left in range(top, len(features), BLOCK_COLUMNS):
-            scores = rows @ features[left : left + BLOCK_COLUMNS].t()
+            columns = [part[left : left + BLOCK_COLUMNS] for part in split]
+            scores = product(rows, columns).to(features.dtype)
             same = labels[top : top + BLOCK_ROWS, None] == labels[left : left + BLOCK_COLUMNS]
             once = torch.ones_like(same).triu(top - left + 1)
-            yield scores[once], same[once]
+            yield scores, same, once

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from facelt_ext._checks import check_count, check_integer, check_path
 from facelt_ext.evaluation._arrays import Array, integers, shuffled
+from facelt_ext.evaluation._pair_lists import read_list
 from facelt_ext.evaluation.verification import consecutive_folds
 
 # Images of a fold, all pairs of which are looked at.
@@ -43,42 +44,40 @@ class IndexPairs(NamedTuple):
 
 
 def read_pairs(path: str | os.PathLike, extension: str = ".jpg") -> PairList:
-    """Reads a list of pairs, in whichever of these forms its lines are:
+    """Reads a list of pairs, in whichever of these forms all of its lines are:
 
     - LFW's pairs.txt: a first line with the numbers of folds and of pairs of each kind in a fold,
       then `name i j` for two images of one identity and `name i other j` for two identities.
       Image i of a name is `name/name_000i` and `extension`. With the number of pairs alone in the
       first line (pairsDevTest.txt), or none, there are no folds.
-    - YTF's splits.txt: `fold, video, video, same`, after a line of titles; further columns count
-      for nothing. `same` is 1 or 0.
-    - `image image same`, with 1 or 0, between blanks, tabs or commas.
+    - YTF's splits.txt: `fold, video, video, same`; further columns count for nothing. `same` is 1
+      or 0.
+    - `image image same`, with 1 or 0.
+    - CALFW's and CPLFW's: `image number` in two lines for each pair, with the same number, which is
+      0 for different identities. There are no folds.
+
+    Fields lie between tabs, so that names may hold blanks and commas, else between commas, as in
+    csv files, or blanks: in all lines alike. There may be a first line of titles. Names may be
+    numbers. Empty lines, blanks around fields and empty last columns count for nothing.
 
     Args:
-        path: a text file in UTF-8; empty lines count for nothing.
-        extension: of LFW's image files.
+        path: a text file in UTF-8, with a byte order mark or without.
+        extension: of LFW's image files, with its dot; or nothing.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line, with its number, that has none of these forms; another number of pairs
-            than the first line says; no pairs.
+        ValueError: the file, its line and what is wanted, where a line has another form than those
+            before it; another number of pairs than the first line says; no pairs; another encoding.
     """
     path = Path(check_path(path, "path"))
     if not isinstance(extension, str):
         raise TypeError(f"extension: expected a str, got {type(extension).__name__}")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"path: expected a text file in UTF-8, got {path}: {error}") from error
-    rows = [(number, _fields(line)) for number, line in enumerate(lines, 1) if line.strip()]
-    header = rows.pop(0)[1] if rows and _is_header(rows[0][1]) else []
-    pairs = [_pair(fields, extension, f"{path}, line {number}") for number, fields in rows]
-    if not pairs:
-        raise ValueError(f"{path}: expected at least one pair, got none")
+    if extension and not extension.startswith("."):
+        raise ValueError(f"extension: expected it to begin with a dot, got {extension!r}")
+    header, pairs = read_list(path, extension)
     first, second, same, folds = (list(part) for part in zip(*pairs, strict=True))
-    if len(header) == 2 and all(field.isdecimal() for field in header):
-        folds = _fold_numbers(*map(int, header), len(pairs), path)
-    if len({fold is None for fold in folds}) > 1:
-        raise ValueError(f"{path}: expected a fold in each line or in none")
+    if len(header) == 2:
+        folds = _fold_numbers(*header, len(pairs), path)
     same = torch.tensor(same, device="cpu")
     if folds[0] is None:
         return PairList(first, second, same, None)
@@ -139,37 +138,6 @@ def _some(dealt: Tensor, identities: Tensor, sizes: Tensor) -> Tensor:
     needed = own.cumsum(0) - own < ENOUGH_IMAGES
     needed[:2] = True
     return dealt[needed]
-
-
-def _fields(line: str) -> list[str]:
-    separator = next((each for each in (",", "\t") if each in line), None)
-    return [field.strip() for field in line.strip().split(separator)]
-
-
-def _is_header(fields: list[str]) -> bool:
-    """Numbers alone, or titles: three fields or more of which the last is no number."""
-    if len(fields) <= 2:
-        return all(field.isdecimal() for field in fields)
-    return not fields[-1].isdecimal() and not fields[0].isdecimal()
-
-
-def _pair(fields: list[str], extension: str, where: str) -> tuple[str, str, bool, int | None]:
-    def image(name: str, number: str) -> str:
-        return f"{name}/{name}_{int(number):04d}{extension}"
-
-    number = [field.isdecimal() for field in fields]
-    if number == [False, True, True]:
-        return image(fields[0], fields[1]), image(fields[0], fields[2]), True, None
-    if number == [False, True, False, True]:
-        return image(*fields[:2]), image(*fields[2:]), False, None
-    if number == [False, False, True] and fields[2] in ("0", "1"):
-        return fields[0], fields[1], fields[2] == "1", None
-    if number[:4] == [True, False, False, True] and fields[3] in ("0", "1"):
-        return fields[1], fields[2], fields[3] == "1", int(fields[0])
-    raise ValueError(
-        f"{where}: expected 'name i j', 'name i other j', 'image image 0|1' or "
-        f"'fold, video, video, 0|1', got {' '.join(fields)!r}"
-    )
 
 
 def _fold_numbers(num_folds: int, per_kind: int, pairs: int, path: Path) -> list[int]:

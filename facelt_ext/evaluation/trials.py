@@ -25,6 +25,8 @@ from facelt_ext.evaluation.operating_points import all_pairs_tar_at_far
 
 # Of `random_trials`: a thousand times as many as the benchmark has.
 MOST_TRIALS = 10_000
+# That float64 tells apart.
+LARGEST_WHOLE = 2**53
 
 
 class Trial(NamedTuple):
@@ -132,7 +134,8 @@ def read_blufr(path: str | os.PathLike) -> tuple[list[str], Tensor, list[Trial]]
 
     Raises:
         ImportError: scipy is not installed.
-        ValueError: a variable is missing.
+        OSError: the file cannot be read.
+        ValueError: it is no such file, or damaged: what is missing or wrong, by name.
     """
     try:
         from scipy.io import loadmat
@@ -140,18 +143,68 @@ def read_blufr(path: str | os.PathLike) -> tuple[list[str], Tensor, list[Trial]]
         raise ImportError(
             "reading the trials needs scipy; pip install 'facelt_ext[evaluation]'"
         ) from error
-    content = loadmat(check_path(path, "path"))
+    with open(check_path(path, "path"), "rb") as file:
+        try:
+            content = loadmat(file)
+        except Exception as error:  # Damaged files raise all kinds.
+            raise ValueError(
+                f"path: expected MATLAB's file of the trials, got {path}: {error!r}"
+            ) from error
     wanted = ("imageList", "labels", "testIndex", "galIndex", "probIndex")
     missing = [name for name in wanted if name not in content]
     if missing:
         raise ValueError(f"{path}: expected the variables {', '.join(wanted)}; no {missing[0]}")
-    images = [str(each.item()) for each in content["imageList"].flatten()]
-    labels = torch.from_numpy(content["labels"].astype(np.int64).flatten())
+    images = [_name(each, f"{path}: imageList") for each in content["imageList"].flat]
+    labels = _whole(content["labels"], f"{path}: labels")
+    if len(labels) != len(images):
+        raise ValueError(
+            f"{path}: labels: expected {len(images)}, one for each of imageList, got {len(labels)}"
+        )
     parts = [
-        [torch.from_numpy(each.astype(np.int64).flatten() - 1) for each in content[name].flatten()]
+        [
+            _positions(each, f"{path}: {name}[{number}]", len(images))
+            for number, each in enumerate(content[name].flat)
+        ]
         for name in wanted[2:]
     ]
+    if len({len(part) for part in parts}) != 1:
+        raise ValueError(
+            f"{path}: expected as many trials in testIndex, galIndex and probIndex, "
+            f"got {', '.join(str(len(part)) for part in parts)}"
+        )
     return images, labels, [Trial(*each) for each in zip(*parts, strict=True)]
+
+
+def _name(cell: object, where: str) -> str:
+    if isinstance(cell, str):
+        return str(cell)
+    if not isinstance(cell, np.ndarray) or cell.dtype.kind != "U" or cell.size != 1:
+        raise ValueError(f"{where}: expected a name in each cell, got {cell!r}")
+    return str(cell.item())
+
+
+def _whole(values: object, where: str) -> Tensor:
+    """int64 [n], of an array of whole numbers, which MATLAB may keep as floating ones."""
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
+        raise ValueError(f"{where}: expected numbers, got {values!r}")
+    values = values.flatten()
+    whole = np.abs(values) <= LARGEST_WHOLE
+    whole &= np.where(whole, values, 0) % 1 == 0
+    if not whole.all():
+        raise ValueError(f"{where}: expected whole numbers, got {values[~whole][0]}")
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _positions(values: object, where: str, count: int) -> Tensor:
+    """int64 [n] in [0, count), of numbers from 1 on."""
+    found = _whole(values, where) - 1
+    wrong = (found < 0) | (found >= count)
+    if wrong.any():
+        raise ValueError(
+            f"{where}: expected numbers in [1, {count}], those of imageList, "
+            f"got {int(found[wrong][0]) + 1}"
+        )
+    return found
 
 
 def random_trials(labels: Array, num_trials: int = 10, seed: int = 0) -> list[Trial]:

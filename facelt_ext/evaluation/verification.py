@@ -28,9 +28,7 @@ from facelt_ext.evaluation._arrays import (
     scored_pairs,
     unit_features,
 )
-
-# Pairs whose features are gathered at a time.
-PAIRS = 1 << 16
+from facelt_ext.evaluation._scores import exact_cosines
 
 
 class FoldAccuracy(NamedTuple):
@@ -161,15 +159,15 @@ def pair_scores(features: Array, first: Array, second: Array) -> Tensor:
         first, second: integers [P] in [0, N).
 
     Returns:
-        [P], float64 for float64 features and float32 otherwise, on the features' device.
+        [P] in [-1, 1], float64 for float64 features and float32 otherwise, on the features' device.
+        Pairs of copies have the same bits, here and in `all_pairs`.
     """
     features = unit_features(features, "features")
     first = indices(first, "first", len(features), features)
     second = indices(second, "second", len(features), features)
     if len(first) != len(second):
         raise ValueError(f"second: expected {len(first)} numbers, as in first, got {len(second)}")
-    chunks = zip(first.split(PAIRS), second.split(PAIRS), strict=True)
-    return torch.cat([(features[a] * features[b]).sum(1) for a, b in chunks])
+    return exact_cosines(features, features, first, second).to(features.dtype)
 
 
 def fold_accuracy(scores: Array, same: Array, folds: int | Array = 10) -> FoldAccuracy:
