@@ -14,10 +14,13 @@ from face_training import (
     backbones,
     evaluation_sets,
     images,
+    pair_files,
     recipes,
     recordio,
     sampling,
+    scans,
     settings,
+    sources,
     trainer,
 )  # noqa: E402
 
@@ -26,10 +29,13 @@ __all__ = [
     "backbones",
     "evaluation_sets",
     "images",
+    "pair_files",
     "recipes",
     "recordio",
     "sampling",
+    "scans",
     "settings",
+    "sources",
     "train_faces",
     "trainer",
 ]

@@ -49,7 +49,24 @@ class Judgement:
     roc: evaluation.ROC
 
 
-def read_set(argument: str, size: int, scans: Path, threads: int) -> EvaluationSet:
+def read_sets(
+    arguments: Sequence[str], size: int, scans: Path, threads: int
+) -> list[EvaluationSet]:
+    """Evaluation sets, as `read_set` does, whose names differ unless their paths are the same."""
+    paths = [_paths(each)[0].resolve().parts for each in arguments]
+    sets = []
+    for argument, own in zip(arguments, paths, strict=True):
+        depth = next(
+            (d for d in range(1, len(own)) if [each[-d:] for each in paths].count(own[-d:]) == 1), 1
+        )
+        read = read_set(argument, size, scans, threads, own[-depth:-1])
+        sets.append(read)
+    return sets
+
+
+def read_set(
+    argument: str, size: int, scans: Path, threads: int, folders: Sequence[str] = ()
+) -> EvaluationSet:
     """An evaluation set.
 
     Args:
@@ -58,13 +75,15 @@ def read_set(argument: str, size: int, scans: Path, threads: int) -> EvaluationS
             ``LIST=FOLDER``; or insightface's .bin file. What there is decides which of the equals
             signs, if any, stands between two paths.
         scans: the folder where what was found of the images is kept.
+        folders: that its name begins with.
 
     Raises:
         DataError: there is no such set; fewer than two pairs of a kind remain.
     """
     source, folder = _paths(argument)
-    name = printable(source.resolve().name if source.is_dir() else source.stem)
-    scan = scans / f"{name}.json"
+    own = source.resolve().name if source.is_dir() else source.stem
+    name = printable("/".join((*folders, own)))
+    scan = scans / f"evaluation-{name.replace('/', '-')}.json"
     if source.suffix == ".bin" and source.is_file():
         contents, same = read_bin(source)
         images = MemoryImages(str(source), contents)
@@ -162,7 +181,8 @@ def judge(model: nn.Module, chosen: EvaluationSet, batch_size: int, workers: int
     """
     loader = DataLoader(chosen.faces, batch_size, num_workers=workers)
     features, labels = evaluation.embed(model, loader, flip=True, progress=False)
-    pairs = chosen.pairs
+    seen = ~chosen.faces.missing()
+    pairs = _some(chosen.pairs, seen[chosen.pairs.first] & seen[chosen.pairs.second])
     scores = evaluation.pair_scores(features, pairs.first, pairs.second)
     folds = evaluation.fold_accuracy(scores, pairs.same, pairs.folds)
     curve = evaluation.roc(scores, pairs.same)
@@ -173,6 +193,7 @@ def judge(model: nn.Module, chosen: EvaluationSet, batch_size: int, workers: int
         "AUC": curve.auc,
     }
     if chosen.identities:
+        features, labels = features[seen], labels[seen]
         sizes = labels.bincount()
         impostors = (len(labels) ** 2 - int((sizes**2).sum())) // 2
         fars = _reached(impostors)

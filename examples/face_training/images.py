@@ -60,7 +60,9 @@ class Faces(Dataset):
         except UNREADABLE as error:
             name = printable(f"{self.images.name(row)} cannot be read any more: {why(error)}")
             if self._lost is None:
-                raise DataError(f"{name}; put it back, or give --skip-unreadable") from error
+                raise DataError(
+                    f"{name}; put it back, or go on without it with --resume --skip-unreadable"
+                ) from error
             image = self._another(item) if self._lost.replace else None
             self._lost.lose(row, name, replaced=image is not None)
             if image is None:
@@ -83,6 +85,10 @@ class Faces(Dataset):
         if self._lost is None:
             return labels
         return labels.masked_fill(self._lost.missing(self.rows[items]), IGNORED)
+
+    def missing(self) -> Tensor:
+        """bool [N], the items of which nothing could be read."""
+        return self.known(self.labels, torch.arange(len(self))) == IGNORED
 
     def lost(self) -> list[str]:
         """Names of the images that `skip_unreadable` has skipped."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from face_demo.errors import DataError
+from face_demo.folders import natural_order
 from PIL import Image
 from torch import Tensor
 
@@ -156,7 +157,7 @@ def _find(path: Path, extensions: set[str], listed: dict[Path, dict[str, Path]])
 def _by_stem(folder: Path, extensions: set[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     if folder.is_dir():
-        for path in sorted(folder.iterdir()):
+        for path in sorted(folder.iterdir(), key=natural_order):
             if path.suffix.lower() in extensions:
                 found.setdefault(_stem(path.name, extensions), path)
     return found

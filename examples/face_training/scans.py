@@ -82,7 +82,7 @@ def _key(stamp: Stamp) -> str | None:
 def _read(cache: Path) -> dict[str, str]:
     """What is wrong with each image, "" for nothing, by key; empty where the file is damaged."""
     try:
-        content = json.loads(cache.read_text(encoding="utf-8"))
+        content = read_json(cache)
         right = content["format"] == _FORMAT
         good, bad = content["readable"], content["unreadable"]
         if not right or not all(isinstance(each, str) for each in (*good, *bad, *bad.values())):
@@ -96,19 +96,31 @@ def _read(cache: Path) -> dict[str, str]:
 
 
 def _write(cache: Path, problems: Mapping[str, str]) -> None:
-    """Beside it first, so that a run that is killed leaves the one before."""
     content = {
         "format": _FORMAT,
         "readable": [key for key, problem in problems.items() if not problem],
         "unreadable": {key: problem for key, problem in problems.items() if problem},
     }
-    beside = cache.with_name(f"{cache.name}.{os.getpid()}.new")
+    write_json(cache, content)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Beside it first, so that a run that is killed leaves the one before.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_text(json.dumps(content), encoding="utf-8")
-            os.replace(beside, cache)
+            os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
-        raise DataError(f"{cache} cannot be written: {error.strerror}") from error
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error

@@ -58,10 +58,15 @@ class FileImages:
     Args:
         folder: that holds the data.
         paths: of the files, beneath it.
+        stamps: theirs, from an earlier time; by default as they are now.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[Path]) -> None:
+    def __init__(
+        self, folder: Path, paths: Sequence[Path], stamps: Sequence[Stamp] | None = None
+    ) -> None:
         self.folder, self.paths = folder, list(paths)
+        if stamps is not None:
+            self._sizes_and_times = np.array([each[1:] for each in stamps], np.int64)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -70,8 +75,8 @@ class FileImages:
         return str(self.paths[number])
 
     def stamp(self, number: int) -> Stamp:
-        name = Path(os.path.relpath(self.paths[number], self.folder)).as_posix()
-        return Stamp(name, *self._sizes_and_times[number].tolist())
+        name = str(self.paths[number]).removeprefix(f"{self.folder}{os.sep}")
+        return Stamp(name.replace(os.sep, "/"), *self._sizes_and_times[number].tolist())
 
     def data(self, number: int) -> bytes:
         return self.paths[number].read_bytes()
