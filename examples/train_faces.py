@@ -172,7 +172,7 @@ def load_all(options: argparse.Namespace) -> tuple[Faces, list[str], list[Evalua
         faces, unseen = load_orl(options.image_size)
         sets = [identity_set("unseen", unseen)] if not options.eval else []
     else:
-        faces, sets = load_faces(options.data, options.image_size), []
+        faces, sets = load_faces(options.data, options.image_size, options.resume), []
         kept, skipped = readable(faces.images, faces.size, scans / "training.json", threads)
         if len(kept) == 0:
             raise DataError(f"{options.data}: none of {len(faces)} images can be read")

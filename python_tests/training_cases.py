@@ -9,11 +9,14 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_faces  # noqa: E402
+from face_demo import data as demo_data  # noqa: E402
+from face_demo import folders  # noqa: E402
 from face_demo.data import DataError  # noqa: E402
 from face_training import (
     backbones,
     evaluation_sets,
     images,
+    listing,
     pair_files,
     recipes,
     recordio,
@@ -27,8 +30,11 @@ from face_training import (
 __all__ = [
     "DataError",
     "backbones",
+    "demo_data",
     "evaluation_sets",
+    "folders",
     "images",
+    "listing",
     "pair_files",
     "recipes",
     "recordio",

@@ -69,7 +69,7 @@ def _narrow(image: Image.Image) -> Image.Image:
     white = _white(image, values, tags)
     key = image.info.get("transparency")
     hidden = values == key if isinstance(key, int) else np.zeros_like(values, bool)
-    scaled = np.nan_to_num(values.astype(np.float64), posinf=white) * (255 / white)
+    scaled = np.nan_to_num(values.astype(np.float64), posinf=white, neginf=0) * (255 / white)
     grey = scaled.clip(0, 255).round().astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == 0:
         grey = 255 - grey

@@ -130,12 +130,13 @@ class Faces(Dataset):
         return self.labels.bincount(minlength=len(self.names))
 
 
-def load_faces(path: Path, size: int) -> Faces:
+def load_faces(path: Path, size: int, allow_empty: bool = False) -> Faces:
     """The faces of a folder of identities' folders, or of an insightface RecordIO set.
 
     Args:
         path: a folder with one sub-folder for each identity; or a .rec file, or the folder that
             holds train.rec.
+        allow_empty: whether an identity's folder may be empty, as where its images are lost.
 
     Raises:
         DataError: there are no such images; an identity's folder is empty.
@@ -147,14 +148,17 @@ def load_faces(path: Path, size: int) -> Faces:
             return _load_records(path / "train.rec", size)
         if not path.is_dir():
             raise DataError(f"{path} is neither a folder nor a .rec file")
-        return _load_folder(path, size)
+        return _load_folder(path, size, allow_empty)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _load_folder(path: Path, size: int) -> Faces:
+def _load_folder(path: Path, size: int, allow_empty: bool) -> Faces:
     files, labels, names = [], [], []
     for person, own in identities(path):
+        if not own and allow_empty:
+            say(f"the folder {person} is empty")
+            continue
         if not own:
             raise DataError(_empty(person))
         labels += [len(names)] * len(own)

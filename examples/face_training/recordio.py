@@ -128,23 +128,24 @@ def image_numbers(file: RecordFile) -> list[int]:
 
     Where record 0 has two labels they are, as insightface writes them, one more than the number of
     the last image, and than that of the last record, which say what images an identity has.
-    Otherwise all records are images. Where record 0 is damaged, all but those that are like an
-    identity's are.
+    Otherwise all records are images. Where record 0 is damaged, or the index has another number of
+    images, all but those that are like an identity's are.
     """
     numbers = sorted(file.offsets)
     if 0 not in file.offsets:
         return numbers
     try:
         header = file.read(0)
+        if len(header.labels) != 2 or header.content:
+            return numbers
+        end = float(header.labels[0])
+        images = [number for number in numbers if 1 <= number < end]
+        if len(images) == end - 1:
+            return images
+        say(f"{file.path}: record 0 tells of {end - 1:.0f} images, the index has {len(images)}")
     except DataError:
-        return [number for number in numbers if not _is_of_identity(file, number)]
-    if len(header.labels) != 2 or header.content:
-        return numbers
-    images = [number for number in numbers if 1 <= number < header.labels[0]]
-    said = float(header.labels[0]) - 1
-    if said != len(images):
-        say(f"{file.path}: record 0 tells of {said:.0f} images, the index of {len(images)} of them")
-    return images
+        pass
+    return [number for number in numbers if not _is_of_identity(file, number)]
 
 
 def _is_of_identity(file: RecordFile, number: int) -> bool:
