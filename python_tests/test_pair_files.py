@@ -224,6 +224,16 @@ def test_the_extension_of_the_list_comes_first(tmp_path: Path) -> None:
     ]
 
 
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    folder = write_crops(tmp_path / "crops", ".png")
+    pairs = write_list(tmp_path / "pairs.txt", ".png")
+    odd = ["long" * 2000, "p0/" + "long" * 2000 + ".jpg", "long" * 2000 + "/p0.jpg", "\x01\x7f"]
+    lines = "".join(f"\np0/p0_0001.png {name} 0" for name in odd)
+    pairs.write_text(pairs.read_text() + lines)
+    read = evaluation_sets.read_set(f"{pairs}={folder}", 8, tmp_path / "scans", 1)
+    assert len(read.faces) == 8 and read.skipped == len(odd)
+
+
 def test_names_with_dots(tmp_path: Path) -> None:
     write_faces(tmp_path, {"a.b": 1, "a": 1})
     (tmp_path / "a.b" / "a.b_0001.png").rename(tmp_path / "a.b" / "x.1.png")
@@ -279,12 +289,14 @@ def test_an_equals_sign_in_a_path(
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("nothing", "--eval nothing: there is neither a file nor a folder of this name"),
-        ("nothing=crops", "nor a list before the ="),
-        ("nothing.bin", "neither a file nor a folder"),
-        ("nothing.rec", "neither a file nor a folder"),
+        ("nothing", "--eval nothing is neither a folder nor a .rec file, a .bin file or a"),
+        ("nothing=crops", "nor is what is before an equals sign"),
+        ("long" * 2000, "is neither a folder nor"),
+        (f"list.txt={'long' * 2000}", "is not a folder"),
+        ("nothing.bin", "neither a folder nor"),
+        ("nothing.rec", "neither a folder nor"),
         ("list.txt=nowhere", "nowhere is not a folder"),
-        ("crops=crops", "nor a list before the ="),
+        ("crops=crops", "nor is what is before an equals sign"),
         ("empty", "empty has no sub-folders"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,21 +100,21 @@ def read_set(
 
 
 def _paths(argument: str) -> tuple[Path, Path]:
-    """The set, and where the images of a list are."""
+    """The set, and where the images of a list are; paths that are too long are not there."""
     whole = Path(argument)
-    if whole.exists():
+    if os.path.exists(whole):
         return whole, whole.parent
     parts = argument.split("=")
     splits = [("=".join(parts[:i]), "=".join(parts[i:])) for i in range(1, len(parts))]
-    lists = [(Path(left), right) for left, right in splits if Path(left).is_file()]
+    lists = [(Path(left), right) for left, right in splits if os.path.isfile(left)]
     for path, folder in lists:
-        if Path(folder).is_dir():
+        if os.path.isdir(Path(folder)):
             return path, Path(folder)
     if lists:
         raise DataError(f"--eval {argument}: {lists[0][1]} is not a folder")
     raise DataError(
-        f"--eval {argument}: there is neither a file nor a folder of this name"
-        f"{', nor a list before the =' if splits else ''}"
+        f"--eval {argument} is neither a folder nor a .rec file, a .bin file or a list of pairs"
+        f"{', nor is what is before an equals sign' if splits else ''}"
     )
 
 

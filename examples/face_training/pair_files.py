@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,7 +139,7 @@ def find_images(folder: Path, names: Sequence[str]) -> list[Path]:
     extensions = set(Image.registered_extensions())
     listed: dict[Path, dict[str, Path]] = {}
     paths = [_find(folder / name, extensions, listed) for name in names]
-    if not any(path.is_file() for path in paths):
+    if not any(os.path.isfile(path) for path in paths):
         raise DataError(
             f"{folder} has none of the {len(names)} images of the list, such as {names[0]}, with "
             f"this or another extension of images; give their folder as LIST=FOLDER"
@@ -147,7 +148,7 @@ def find_images(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _find(path: Path, extensions: set[str], listed: dict[Path, dict[str, Path]]) -> Path:
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     if path.parent not in listed:
         listed[path.parent] = _by_stem(path.parent, extensions)
@@ -156,7 +157,7 @@ def _find(path: Path, extensions: set[str], listed: dict[Path, dict[str, Path]])
 
 def _by_stem(folder: Path, extensions: set[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    if folder.is_dir():
+    if os.path.isdir(folder):
         for path in sorted(folder.iterdir(), key=natural_order):
             if path.suffix.lower() in extensions:
                 found.setdefault(_stem(path.name, extensions), path)

@@ -89,7 +89,7 @@ class FileImages:
 def _size_and_time(path: Path) -> tuple[int, int]:
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return _GONE, _GONE
     return found.st_size, found.st_mtime_ns
 
