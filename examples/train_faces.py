@@ -88,8 +88,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: %(default)s")  # fmt: skip
     add("--output", type=Path, help="default: runs/RECIPE")
-    add("--skip-unreadable", action="store_true", help="go on without images that are lost while "
-        "training")  # fmt: skip
+    add("--skip-unreadable", action="store_true", help="go on without images that cannot be read "
+        "any more while training")  # fmt: skip
     add("--resume", action="store_true", help="go on from the checkpoint in --output")
     options = parser.parse_args(arguments)
     for name in ("epochs", "embedding_size", "image_size"):
@@ -100,6 +100,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not 0 <= options.hold_out < 1:
         parser.error(f"--hold-out must be in [0, 1), got {options.hold_out}")
     options.output = options.output or Path("runs") / options.recipe
+    try:
+        str(options.output.absolute()).encode()
+    except UnicodeEncodeError:
+        parser.error(f"--output must be a path in UTF-8 for TensorBoard, got {options.output}")
     return options
 
 

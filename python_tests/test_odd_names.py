@@ -84,6 +84,14 @@ def test_a_training_on_odd_names(tmp_path: Path, capsys: pytest.CaptureFixture) 
     train_faces.main([*chosen, "--resume"])
 
 
+def test_an_output_that_tensorboard_cannot_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train_faces.main(["--output", str(tmp_path / os.fsdecode(b"\xe9")), *SMALL])
+    assert "--output must be a path in UTF-8" in capsys.readouterr().err
+
+
 def test_odd_names_of_evaluation_sets(tmp_path: Path) -> None:
     folder = write_faces(tmp_path / os.fsdecode(b"t\xe9st"), {f"p{i}": 3 for i in range(6)})
     (found,) = train_faces.read_sets([str(folder)], 16, tmp_path / "scans", 1)
