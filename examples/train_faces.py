@@ -103,7 +103,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     try:
         str(options.output.absolute()).encode()
     except UnicodeEncodeError:
-        parser.error(f"--output must be a path in UTF-8 for TensorBoard, got {options.output}")
+        given = printable(str(options.output))
+        parser.error(f"--output must be a path in UTF-8 for TensorBoard, got {given}")
     return options
 
 
