@@ -16,7 +16,7 @@ from training_cases import DataError, demo_data, images, sources
 SIZE = 16
 RAMP = np.arange(SIZE * SIZE).reshape(SIZE, SIZE)  # 0 to 255
 WIDE = RAMP * 257  # 0 to 65535
-COLOURS = np.stack([RAMP, 255 - RAMP, RAMP.T], -1)
+COLORS = np.stack([RAMP, 255 - RAMP, RAMP.T], -1)
 
 
 def png(pixels: np.ndarray, kind: int, transparent: bytes | None = None) -> bytes:
@@ -85,8 +85,8 @@ def decoded(content: bytes) -> np.ndarray:
     return images.decode(content, SIZE).permute(1, 2, 0).numpy().astype(int)
 
 
-WIDE_COLOURS = COLOURS * 257
-DEEP = np.dstack([WIDE_COLOURS, np.full((SIZE, SIZE), 65535)])
+WIDE_COLORS = COLORS * 257
+DEEP = np.dstack([WIDE_COLORS, np.full((SIZE, SIZE), 65535)])
 ANY_RANGE = {
     f"{name} {kind} {order}": tiff((RAMP / 255 * white).astype(kind), order)
     for name, kind, white in [
@@ -102,7 +102,7 @@ ANY_RANGE = {
     ]
     for order in "<>"
 }
-GREY = ANY_RANGE | {
+GRAY = ANY_RANGE | {
     "PNG, 8 bits": png(RAMP.astype("u1"), 0),
     "PNG, 16 bits": png(WIDE.astype("u2"), 0),
     "PNG, 16 bits with alpha": png(np.dstack([WIDE, np.full((SIZE, SIZE), 65535)]).astype("u2"), 4),
@@ -115,16 +115,16 @@ GREY = ANY_RANGE | {
     "PFM": pfm(RAMP / 255),
     "JPEG 2000, 16 bits": saved(Image.fromarray(WIDE.astype("u2")), "jpeg2000"),
 }
-OF_COLOUR = {
-    "PNG, 16 bits": png(WIDE_COLOURS.astype("u2"), 2),
-    "PNG, 16 bits with a transparent color": png(WIDE_COLOURS.astype("u2"), 2, b"\xff" * 6),
+OF_COLOR = {
+    "PNG, 16 bits": png(WIDE_COLORS.astype("u2"), 2),
+    "PNG, 16 bits with a transparent color": png(WIDE_COLORS.astype("u2"), 2, b"\xff" * 6),
     "PNG, 16 bits with alpha": png(DEEP.astype("u2"), 6),
-    "TIFF, 16 bits": tiff(WIDE_COLOURS.astype("u2"), photometric=2),
-    "TIFF, 16 bits, big endian": tiff(WIDE_COLOURS.astype("u2"), ">", 2),
-    "TIFF, 8 bits": tiff(COLOURS.astype("u1"), photometric=2),
-    "PPM, 16 bits": ppm(WIDE_COLOURS, 65535),
+    "TIFF, 16 bits": tiff(WIDE_COLORS.astype("u2"), photometric=2),
+    "TIFF, 16 bits, big endian": tiff(WIDE_COLORS.astype("u2"), ">", 2),
+    "TIFF, 8 bits": tiff(COLORS.astype("u1"), photometric=2),
+    "PPM, 16 bits": ppm(WIDE_COLORS, 65535),
     **{
-        f"{kind}, 8 bits": saved(Image.fromarray(COLOURS.astype("u1")), kind, **options)
+        f"{kind}, 8 bits": saved(Image.fromarray(COLORS.astype("u1")), kind, **options)
         for kind, options in {
             "png": {},
             "bmp": {},
@@ -138,17 +138,17 @@ OF_COLOUR = {
 }
 
 
-@pytest.mark.parametrize("name", GREY)
-def test_grey_keeps_its_range(name: str) -> None:
-    found = decoded(GREY[name])
+@pytest.mark.parametrize("name", GRAY)
+def test_gray_keeps_its_range(name: str) -> None:
+    found = decoded(GRAY[name])
     # An overshoot of 2 % is cut off at white.
     wanted = (RAMP * 1.02).clip(0, 255) if "above 1" in name else RAMP
     assert np.abs(found - wanted[..., None]).max() <= 1
 
 
-@pytest.mark.parametrize("name", OF_COLOUR)
+@pytest.mark.parametrize("name", OF_COLOR)
 def test_color_keeps_its_range(name: str) -> None:
-    assert np.abs(decoded(OF_COLOUR[name]) - COLOURS).max() <= 1
+    assert np.abs(decoded(OF_COLOR[name]) - COLORS).max() <= 1
 
 
 def test_a_dark_image_of_16_bits_stays_dark() -> None:
@@ -180,8 +180,8 @@ def test_numbers_that_are_none() -> None:
 HALF = (RAMP >= 128)[..., None]  # what is opaque: the lower half
 NOISE = np.random.default_rng(0).integers(1, 256, (SIZE, SIZE, 3))
 RGBA = Image.fromarray(np.dstack([NOISE, HALF * 255]).astype("u1"))
-GREY_NOISE = NOISE[..., 0]
-LA = Image.fromarray(np.dstack([GREY_NOISE, HALF[..., 0] * 255]).astype("u1"))
+GRAY_NOISE = NOISE[..., 0]
+LA = Image.fromarray(np.dstack([GRAY_NOISE, HALF[..., 0] * 255]).astype("u1"))
 INDICES = np.where(HALF[..., 0], 1 + RAMP % 9, 0)
 PALETTE = np.vstack([[[200, 10, 90]], 20 * np.arange(1, 10)[:, None] * [1, 1, 0]])
 
@@ -193,7 +193,7 @@ def _palette_image() -> Image.Image:
 
 
 KEYED = np.where(HALF, NOISE, [7, 8, 9])
-KEYED_GREY = np.where(HALF[..., 0], 50 + RAMP // 2, 7)
+KEYED_GRAY = np.where(HALF[..., 0], 50 + RAMP // 2, 7)
 TRANSPARENT: dict[str, tuple[bytes, np.ndarray]] = {
     **{f"RGBA in {kind}": (saved(RGBA, kind), NOISE) for kind in ("png", "tiff", "tga")},
     "RGBA in webp": (saved(RGBA, "webp", lossless=True, exact=True), NOISE),
@@ -201,10 +201,10 @@ TRANSPARENT: dict[str, tuple[bytes, np.ndarray]] = {
         png((np.dstack([NOISE, HALF * 255]) * 257).astype("u2"), 6),
         NOISE,
     ),
-    "LA in png": (saved(LA, "png"), GREY_NOISE[..., None]),
+    "LA in png": (saved(LA, "png"), GRAY_NOISE[..., None]),
     "LA of 16 bits": (
-        png((np.dstack([GREY_NOISE, HALF[..., 0] * 255]) * 257).astype("u2"), 4),
-        GREY_NOISE[..., None],
+        png((np.dstack([GRAY_NOISE, HALF[..., 0] * 255]) * 257).astype("u2"), 4),
+        GRAY_NOISE[..., None],
     ),
     "P in png": (saved(_palette_image(), "png", transparency=0), PALETTE[INDICES]),
     "P in png, alphas": (
@@ -214,12 +214,12 @@ TRANSPARENT: dict[str, tuple[bytes, np.ndarray]] = {
     "P in gif": (saved(_palette_image(), "gif", transparency=0), PALETTE[INDICES]),
     "RGB with a color": (png(KEYED.astype("u1"), 2, struct.pack(">HHH", 7, 8, 9)), KEYED),
     "L with a color": (
-        png(KEYED_GREY.astype("u1"), 0, struct.pack(">H", 7)),
-        KEYED_GREY[..., None],
+        png(KEYED_GRAY.astype("u1"), 0, struct.pack(">H", 7)),
+        KEYED_GRAY[..., None],
     ),
     "16 bits with a color": (
-        png((KEYED_GREY * 257).astype("u2"), 0, struct.pack(">H", 7 * 257)),
-        KEYED_GREY[..., None],
+        png((KEYED_GRAY * 257).astype("u2"), 0, struct.pack(">H", 7 * 257)),
+        KEYED_GRAY[..., None],
     ),
     "1 bit with a color": (
         saved(Image.fromarray(HALF[..., 0]), "png", transparency=0),
@@ -235,8 +235,8 @@ def test_what_is_transparent_is_black(name: str) -> None:
 
 
 def test_half_transparent_is_half_as_bright() -> None:
-    image = Image.fromarray(np.dstack([COLOURS, np.full((SIZE, SIZE), 128)]).astype("u1"))
-    assert np.abs(decoded(saved(image, "png")) - COLOURS * 128 / 255).max() <= 1
+    image = Image.fromarray(np.dstack([COLORS, np.full((SIZE, SIZE), 128)]).astype("u1"))
+    assert np.abs(decoded(saved(image, "png")) - COLORS * 128 / 255).max() <= 1
 
 
 def exif(*entries: tuple[int, int, int, bytes], orientation: int) -> bytes:
@@ -280,7 +280,7 @@ ODD_ENTRIES = {
 @pytest.mark.parametrize("entries", ODD_ENTRIES.values(), ids=ODD_ENTRIES)
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_exif_data_that_cannot_be_parsed(entries: list, orientation: int) -> None:
-    image = Image.fromarray(COLOURS.astype("u1"))
+    image = Image.fromarray(COLORS.astype("u1"))
     content = saved(image, "jpeg", quality=98, exif=exif(*entries, orientation=orientation))
     plain = decoded(saved(image, "jpeg", quality=98))
     assert np.array_equal(decoded(content), TURNS[orientation](plain))
@@ -289,7 +289,7 @@ def test_exif_data_that_cannot_be_parsed(entries: list, orientation: int) -> Non
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
 def test_every_turn(kind: str, orientation: int) -> None:
-    image = Image.fromarray(COLOURS.astype("u1"))
+    image = Image.fromarray(COLORS.astype("u1"))
     options = {"jpeg": {"quality": 98}, "webp": {"lossless": True}}.get(kind, {})
     data = Image.Exif()
     data[0x112] = orientation
@@ -300,7 +300,7 @@ def test_every_turn(kind: str, orientation: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_exif_data_that_are_none() -> None:
-    image = Image.fromarray(COLOURS.astype("u1"))
+    image = Image.fromarray(COLORS.astype("u1"))
     plain = decoded(saved(image, "jpeg"))
     for data in (b"Exif\0\0", b"Exif\0\0rubbish", exif(orientation=6)[:20], b"\xff" * 200):
         assert np.array_equal(decoded(saved(image, "jpeg", exif=data)), plain)
@@ -372,7 +372,7 @@ def test_damaged_files_of_every_format(
 ) -> None:
     """Cut anywhere, or with some bytes changed; one in a scan leaves the others in."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    whole = saved(Image.fromarray(COLOURS.astype("u1")), kind)
+    whole = saved(Image.fromarray(COLORS.astype("u1")), kind)
     draw = np.random.default_rng(1)
     contents = [whole, b""]
     for number in range(60):

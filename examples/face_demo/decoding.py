@@ -38,7 +38,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and any("RGB;16" in str(tile) for tile in image.tile):
         image.info.pop("transparency", None)
     image.load()
-    turn = _TURNS.get(_orientation(image))
+    turn = _turn(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _narrow(image)
     if image.has_transparency_data:
@@ -53,9 +53,9 @@ def cut(image: Image.Image, width: int, height: int) -> Image.Image:
     return image if image.size == (width, height) else ImageOps.fit(image, (width, height))
 
 
-def _orientation(image: Image.Image) -> object:
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        return image.getexif().get(Base.Orientation)
+        return _TURNS.get(image.getexif().get(Base.Orientation))
     except Exception:
         return None
 
@@ -70,12 +70,12 @@ def _narrow(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     hidden = values == key if isinstance(key, int) else np.zeros_like(values, bool)
     scaled = np.nan_to_num(values.astype(np.float64), posinf=white, neginf=0) * (255 / white)
-    grey = scaled.clip(0, 255).round().astype(np.uint8)
+    gray = scaled.clip(0, 255).round().astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == 0:
-        grey = 255 - grey
+        gray = 255 - gray
     if not hidden.any():
-        return Image.fromarray(grey)
-    return Image.fromarray(np.stack([grey, np.where(hidden, 0, 255).astype(np.uint8)], -1))
+        return Image.fromarray(gray)
+    return Image.fromarray(np.stack([gray, np.where(hidden, 0, 255).astype(np.uint8)], -1))
 
 
 def _white(image: Image.Image, values: np.ndarray, tags: dict) -> float:

@@ -26,7 +26,7 @@ __all__ = ["UNREADABLE", "Faces", "decode", "load_faces", "load_orl", "readable"
 
 # A label that every loss leaves out.
 IGNORED = -100
-_GREY = 127
+_GRAY = 127
 
 
 class Faces(Dataset):
@@ -57,28 +57,32 @@ class Faces(Dataset):
         row = int(self.rows[item])
         try:
             image = decode(self.images.data(row), self.size)
-        except UNREADABLE as error:
-            name = printable(f"{self.images.name(row)} cannot be read any more: {why(error)}")
-            if self._lost is None:
-                raise DataError(
-                    f"{name}; put it back, or go on without it with --resume --skip-unreadable"
-                ) from error
-            image = self._another(item) if self._lost.replace else None
-            self._lost.lose(row, name, replaced=image is not None)
-            if image is None:
-                image = torch.full((3, self.size, self.size), _GREY, dtype=torch.uint8)
-        else:
             if self._lost is not None:
                 self._lost.find(row)
+        except UNREADABLE as error:
+            image = self._in_place(item, row, error)
         return image, int(self.labels[item]), item
+
+    def _in_place(self, item: int, row: int, error: Exception) -> Tensor:
+        """What stands for an image that cannot be read any more."""
+        message = printable(f"{self.images.name(row)} cannot be read any more: {why(error)}")
+        if self._lost is None:
+            raise DataError(
+                f"{message}; put it back, or go on without it with --resume --skip-unreadable"
+            ) from error
+        other = self._another(item) if self._lost.replace else None
+        self._lost.lose(row, message, replaced=other is not None)
+        if other is not None:
+            return other
+        return torch.full((3, self.size, self.size), _GRAY, dtype=torch.uint8)
 
     def skip_unreadable(self, replace: bool) -> None:
         """From now on, an image that cannot be read any more is no error.
 
         It is named once. With ``replace`` another image of the same identity takes its place. Where
-        there is none, and without ``replace``, a grey image does, and `known` tells.
+        there is none, and without ``replace``, a gray image does, and `known` tells.
         """
-        self._lost = LostImages(self.images, replace)
+        self._lost = LostImages(self.images, len(self), replace)
 
     def known(self, labels: Tensor, items: Tensor) -> Tensor:
         """Labels of items that were read, -100 where nothing could be read: losses leave it out."""

@@ -18,11 +18,12 @@ class LostImages:
 
     Args:
         images: all of them.
+        count: how many of them are items.
         replace: whether another image of the same identity takes the place of a lost one.
     """
 
-    def __init__(self, images: Images, replace: bool) -> None:
-        self.images, self.replace = images, replace
+    def __init__(self, images: Images, count: int, replace: bool) -> None:
+        self.images, self.count, self.replace = images, count, replace
         self._states = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
 
     def lose(self, row: int, message: str, replaced: bool) -> None:
@@ -35,10 +36,10 @@ class LostImages:
         self._states[row] = _REPLACED if replaced else _MISSING
         if first:
             tqdm.write(printable(message))
-            count = int((self._states != _NEVER).sum())
-            if 2 * count > len(self.images):
+            lost = int((self._states != _NEVER).sum())
+            if 2 * lost > self.count:
                 raise DataError(
-                    f"{count} of {len(self.images)} images cannot be read any more, the last is "
+                    f"{lost} of {self.count} images cannot be read any more, the last is "
                     f"{printable(self.images.name(row))}; is the disk there?"
                 )
 
