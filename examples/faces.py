@@ -19,6 +19,7 @@ from face_demo import plots, report
 from face_demo.aggregation_plots import plot_sizes, plot_super_classes
 from face_demo.cluster_plots import plot_clusters
 from face_demo.data import DataError, FaceImages, LongTailSplit, load_faces, split_long_tail
+from face_demo.folders import any_output
 from face_demo.methods import HEAD_ONLY, METHODS, Method
 from face_demo.metrics import all_pairs, heldout_figures, unseen_figures
 from face_demo.model import embed, network_input
@@ -189,6 +190,7 @@ def write_report(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    any_output()
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
     seeds = list(range(options.seed, options.seed + options.seeds))

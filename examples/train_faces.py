@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from face_demo.data import DataError
-from face_training.evaluation_sets import EvaluationSet, Judgement, identity_set, judge, read_set
+from face_demo.folders import any_output, printable
+from face_training.evaluation_sets import EvaluationSet, Judgement, identity_set, judge, read_sets
 from face_training.images import Faces, load_faces, load_orl, readable
+from face_training.listing import restored, write_listing
 from face_training.options import AMP_TYPES, Options
 from face_training.recipes import RECIPES, Setting
 from face_training.report import write_report
@@ -86,6 +88,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: %(default)s")  # fmt: skip
     add("--output", type=Path, help="default: runs/RECIPE")
+    add("--skip-unreadable", action="store_true", help="go on without images that cannot be read "
+        "any more while training")  # fmt: skip
     add("--resume", action="store_true", help="go on from the checkpoint in --output")
     options = parser.parse_args(arguments)
     for name in ("epochs", "embedding_size", "image_size"):
@@ -96,6 +100,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not 0 <= options.hold_out < 1:
         parser.error(f"--hold-out must be in [0, 1), got {options.hold_out}")
     options.output = options.output or Path("runs") / options.recipe
+    try:
+        str(options.output.absolute()).encode()
+    except UnicodeEncodeError:
+        given = printable(str(options.output))
+        parser.error(f"--output must be a path in UTF-8 for TensorBoard, got {given}")
     return options
 
 
@@ -132,18 +141,31 @@ def parse_settings(given: Sequence[str]) -> dict[str, Setting]:
 
 
 def hold_out(faces: Faces, share: float, seed: int) -> tuple[Faces, Faces | None]:
-    """Takes a random share of the identities out, four at least, which folds need."""
+    """Takes a random share of the identities out: four at least, two of them with two images.
+
+    That is what folds of pairs need; where most identities have one image, a random share may not
+    have it.
+
+    Raises:
+        DataError: there are too few such identities.
+    """
     if share == 0:
         return faces, None
     number = max(4, round(share * len(faces.names)))
+    several = faces.counts() > 1
+    other = "give an evaluation set with --eval, or --hold-out 0"
     if number > len(faces.names) - 2:
+        raise DataError(f"{len(faces.names)} identities are too few to hold {number} out; {other}")
+    if several.sum() < 2:
         raise DataError(
-            f"{len(faces.names)} identities are too few to hold {number} out; give an evaluation "
-            f"set with --eval, or --hold-out 0"
+            f"identities that are held out need two among them with two images or more, found "
+            f"{int(several.sum())}; {other}"
         )
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(faces.names), generator=generator)[:number]
-    out = torch.isin(faces.labels, chosen)
+    order = torch.randperm(len(faces.names), generator=generator)
+    needed = order[several[order]][:2]
+    order = torch.cat([needed, order[~torch.isin(order, needed)]])
+    out = torch.isin(faces.labels, order[:number])
     return faces.keep((~out).nonzero()[:, 0]), faces.keep(out.nonzero()[:, 0])
 
 
@@ -155,20 +177,28 @@ def load_all(options: argparse.Namespace) -> tuple[Faces, list[str], list[Evalua
         faces, unseen = load_orl(options.image_size)
         sets = [identity_set("unseen", unseen)] if not options.eval else []
     else:
-        faces, sets = load_faces(options.data, options.image_size), []
+        faces, sets = load_faces(options.data, options.image_size, options.resume), []
         kept, skipped = readable(faces.images, faces.size, scans / "training.json", threads)
         if len(kept) == 0:
             raise DataError(f"{options.data}: none of {len(faces)} images can be read")
-        faces = faces.keep(kept)
+        skipped, faces = faces.left_out + skipped, faces.keep(kept)
+        if options.resume:
+            faces = restored(faces, scans / "listing.json", options.skip_unreadable)
+        elif os.environ.get("RANK", "0") == "0":
+            write_listing(faces, scans / "listing.json")
     faces, out = hold_out(faces, options.hold_out, options.seed)
     if out is not None:
         sets.append(identity_set("held out", out))
     if len(faces.names) < 2:
         raise DataError(f"{options.data}: needs at least two identities, found {len(faces.names)}")
-    sets += [read_set(each, options.image_size, scans, threads) for each in options.eval]
+    sets += read_sets(options.eval, options.image_size, scans, threads)
     names = [each.name for each in sets]
     if len(set(names)) < len(names):
         raise DataError(f"--eval: expected sets of different names, got {', '.join(names)}")
+    if options.skip_unreadable:
+        faces.skip_unreadable(replace=True)
+        for each in sets:
+            each.faces.skip_unreadable(replace=False)
     return faces, skipped, sets
 
 
@@ -226,13 +256,13 @@ def run(options: argparse.Namespace) -> None:
     if leads:
         if not judged:
             judge_all(trainer.network)
-        source = "the ORL faces" if options.data is None else str(options.data)
+        source = "the ORL faces" if options.data is None else printable(str(options.data))
         path = write_report(
             options.output,
             options.recipe,
             source,
             faces,
-            skipped,
+            [*dict.fromkeys(skipped + faces.lost())],
             recipe,
             chosen,
             progress,
@@ -242,6 +272,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    any_output()
     try:
         run(parse_arguments(arguments))
     except DataError as error:

@@ -15,6 +15,7 @@ from training_cases import (
     arguments,
     backbones,
     recipes,
+    scans,
     settings,
     train_faces,
     trainer,
@@ -132,7 +133,9 @@ def test_gradients_are_clipped_and_decay_weighs(tmp_path: Path) -> None:
     assert losses["clipped"] > losses["as it is"] and losses["decayed"] != losses["as it is"]
 
 
-def test_folder_with_unreadable_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_folder_with_unreadable_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_faces(
         tmp_path / "faces", {f"p{person}": 3 + person % 4 for person in range(1, 13)}
     )
@@ -146,10 +149,12 @@ def test_folder_with_unreadable_images(tmp_path: Path, capsys: pytest.CaptureFix
     page = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     # Of 12 identities four are held out, which folds need.
     assert "of 8 identities" in page and "| held out |" in page and "broken.jpg" in page
-    # A run that goes on does not look at all images again.
-    (folder / "p3" / "broken.jpg").write_bytes(b"still no image")
+    # A run that goes on looks at what could not be read, and not at all images again.
+    opened = []
+    plain = scans.decode
+    monkeypatch.setattr(scans, "decode", lambda *given: opened.append(given) or plain(*given))
     train_faces.main([*options, "--resume"])
-    assert "cannot read" not in "".join(capsys.readouterr())
+    assert len(opened) == 1 and "broken.jpg" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(

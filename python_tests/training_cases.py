@@ -9,27 +9,39 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_faces  # noqa: E402
+from face_demo import data as demo_data  # noqa: E402
+from face_demo import folders  # noqa: E402
 from face_demo.data import DataError  # noqa: E402
 from face_training import (
     backbones,
     evaluation_sets,
     images,
+    listing,
+    pair_files,
     recipes,
     recordio,
     sampling,
+    scans,
     settings,
+    sources,
     trainer,
 )  # noqa: E402
 
 __all__ = [
     "DataError",
     "backbones",
+    "demo_data",
     "evaluation_sets",
+    "folders",
     "images",
+    "listing",
+    "pair_files",
     "recipes",
     "recordio",
     "sampling",
+    "scans",
     "settings",
+    "sources",
     "train_faces",
     "trainer",
 ]

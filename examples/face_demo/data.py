@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+
+from .decoding import cut, upright_rgb
+from .errors import DataError
+from .folders import identities, printable, say
 
 IMAGE_HEIGHT, IMAGE_WIDTH = 112, 92
 ORL_CREDIT = "ORL faces (The Database of Faces), AT&T Laboratories Cambridge"
@@ -23,10 +26,6 @@ UNSEEN_FRACTION = 3 / 8
 # those images held a CRLF of their own, at these offsets into the damaged pixel data; their
 # lengths show that one pair is genuine, and only at this place do the rows above and below fit.
 _GENUINE_CRLF = {"s8/10.pgm": 7184, "s9/8.pgm": 5149}
-
-
-class DataError(Exception):
-    """The images cannot serve for the demo; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def read_folder(folder: Path) -> FaceImages:
     """Images of a folder with one sub-folder for each identity.
 
     Images are turned grey and cut to the middle at 92 : 112. A file that cannot be read is
-    reported and left out; hidden files are ignored.
+    reported and left out, and so is what `identities` ignores.
 
     Raises:
         DataError: ``folder`` is no folder, or holds no image.
@@ -172,43 +171,37 @@ def read_folder(folder: Path) -> FaceImages:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     images, labels, names, skipped = [], [], [], []
-    people = sorted((path for path in folder.iterdir() if path.is_dir()), key=natural_order)
-    for person in tqdm(people, desc="reading", unit="identity", leave=False):
-        found = _read_person(person, skipped)
+    try:
+        people = identities(folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
+    for person, files in tqdm(people, desc="reading", unit="identity", leave=False):
+        found = _read_person(files, skipped)
         if found:
             labels += [len(names)] * len(found)
-            names.append(person.name)
+            names.append(printable(person.name))
             images += found
     if skipped:
-        tqdm.write(f"skipped {len(skipped)} unreadable file(s)")
+        say(f"skipped {len(skipped)} unreadable file(s)")
     if not images:
         raise DataError(f"{folder} has no sub-folder with a readable image")
     stacked = torch.from_numpy(np.stack(images))
-    return FaceImages(stacked, torch.tensor(labels), names, f"folder {folder.name}", skipped)
+    source = f"folder {printable(folder.name)}"
+    return FaceImages(stacked, torch.tensor(labels), names, source, skipped)
 
 
-def _read_person(person: Path, skipped: list[str]) -> list[np.ndarray]:
+def _read_person(files: list[Path], skipped: list[str]) -> list[np.ndarray]:
     """The readable images of one sub-folder; what is not is reported and added to ``skipped``."""
     images = []
-    for path in sorted(person.iterdir(), key=natural_order):
-        if path.name.startswith(".") or path.is_dir():
-            continue
+    for path in files:
         try:
             with Image.open(path) as image:
-                upright = ImageOps.exif_transpose(image).convert("L")
-            images.append(np.asarray(ImageOps.fit(upright, (IMAGE_WIDTH, IMAGE_HEIGHT))))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            skipped.append(f"{person.name}/{path.name}")
-            tqdm.write(f"cannot read {path}: {error}")
+                grey = upright_rgb(image).convert("L")
+            images.append(np.asarray(cut(grey, IMAGE_WIDTH, IMAGE_HEIGHT)))
+        except Exception as error:  # Decoders raise what they like.
+            skipped.append(printable(f"{path.parent.name}/{path.name}"))
+            say(f"cannot read {path}: {type(error).__name__}: {error}")
     return images
-
-
-def natural_order(path: Path) -> list[tuple[int, str]]:
-    """Sorts s2 before s10."""
-    return [
-        (int(part or 0), "") if part.isdigit() else (0, part)
-        for part in re.split(r"(\d+)", path.name)
-    ]
 
 
 def split_long_tail(faces: FaceImages, seed: int) -> LongTailSplit:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import pickle
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from face_demo.data import DataError
+from face_demo.errors import DataError
+from face_demo.folders import printable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from facelt_ext import evaluation
 from facelt_ext.evaluation.verification import consecutive_folds
 
-from .images import Faces, FileImages, MemoryImages, load_faces, readable
+from .images import Faces, load_faces, readable
+from .pair_files import find_images, read_bin
+from .sources import FileImages, Images, MemoryImages
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 
@@ -47,27 +50,72 @@ class Judgement:
     roc: evaluation.ROC
 
 
-def read_set(argument: str, size: int, scans: Path, threads: int) -> EvaluationSet:
+def read_sets(
+    arguments: Sequence[str], size: int, scans: Path, threads: int
+) -> list[EvaluationSet]:
+    """Evaluation sets, as `read_set` does, whose names differ unless their paths are the same."""
+    paths = [_paths(each)[0].resolve().parts for each in arguments]
+    sets = []
+    for argument, own in zip(arguments, paths, strict=True):
+        depth = next(
+            (d for d in range(1, len(own)) if [each[-d:] for each in paths].count(own[-d:]) == 1), 1
+        )
+        read = read_set(argument, size, scans, threads, own[-depth:-1])
+        sets.append(read)
+    return sets
+
+
+def read_set(
+    argument: str, size: int, scans: Path, threads: int, folders: Sequence[str] = ()
+) -> EvaluationSet:
     """An evaluation set.
 
     Args:
         argument: a folder with one sub-folder for each identity; a RecordIO set; a list of pairs
             (see `facelt_ext.evaluation.read_pairs`) whose images lie beside it, or
-            ``LIST=FOLDER``; or insightface's .bin file.
-        scans: the folder where the names of unreadable images are kept.
+            ``LIST=FOLDER``; or insightface's .bin file. What there is decides which of the equals
+            signs, if any, stands between two paths.
+        scans: the folder where what was found of the images is kept.
+        folders: that its name begins with.
 
     Raises:
         DataError: there is no such set; fewer than two pairs of a kind remain.
     """
-    path, _, folder = argument.partition("=")
-    source = Path(path)
-    if source.suffix == ".bin":
-        return _bin_set(source, size, scans, threads)
+    source, folder = _paths(argument)
+    own = source.resolve().name if source.is_dir() else source.stem
+    name = printable("/".join((*folders, own)))
+    scan = scans / f"evaluation-{name.replace('/', '-')}.json"
+    if source.suffix == ".bin" and source.is_file():
+        contents, same = read_bin(source)
+        images = MemoryImages(str(source), contents)
+        first, second = torch.arange(len(images)).view(-1, 2).unbind(1)
+        pairs = evaluation.IndexPairs(first, second, same, consecutive_folds(len(same), 10))
+        return _pair_set(name, images, pairs, size, scan, threads)
     if source.is_file() and source.suffix != ".rec":
-        return _list_set(source, Path(folder) if folder else source.parent, size, scans, threads)
+        images, pairs = _listed(source, folder)
+        return _pair_set(name, images, pairs, size, scan, threads)
     faces = load_faces(source, size)
-    kept, skipped = readable(faces.images, size, scans / f"{source.name}.json", threads)
-    return identity_set(source.name, faces.keep(kept), len(skipped))
+    kept, skipped = readable(faces.images, size, scan, threads)
+    return identity_set(name, faces.keep(kept), len(faces.left_out) + len(skipped))
+
+
+def _paths(argument: str) -> tuple[Path, Path]:
+    """The set, and where the images of a list are; paths that are too long are not there."""
+    whole = Path(argument)
+    if os.path.exists(whole):
+        return whole, whole.parent
+    parts = argument.split("=")
+    splits = [("=".join(parts[:i]), "=".join(parts[i:])) for i in range(1, len(parts))]
+    lists = [(Path(left), right) for left, right in splits if os.path.isfile(left)]
+    for path, folder in lists:
+        if os.path.isdir(Path(folder)):
+            return path, Path(folder)
+    if lists:
+        raise DataError(f"--eval {argument}: {lists[0][1]} is not a folder")
+    raise DataError(
+        f"--eval {argument} is neither a folder nor a .rec file, a .bin file or a list of pairs"
+        f"{', nor is what is before an equals sign' if splits else ''}"
+    )
 
 
 def identity_set(name: str, faces: Faces, skipped: int = 0) -> EvaluationSet:
@@ -83,7 +131,7 @@ def identity_set(name: str, faces: Faces, skipped: int = 0) -> EvaluationSet:
     return EvaluationSet(name, faces, pairs, True, skipped)
 
 
-def _list_set(path: Path, folder: Path, size: int, scans: Path, threads: int) -> EvaluationSet:
+def _listed(path: Path, folder: Path) -> tuple[Images, evaluation.IndexPairs]:
     try:
         pairs = evaluation.read_pairs(path)
     except (OSError, ValueError) as error:
@@ -93,60 +141,36 @@ def _list_set(path: Path, folder: Path, size: int, scans: Path, threads: int) ->
     first, second = (
         torch.tensor([number[name] for name in side]) for side in (pairs.first, pairs.second)
     )
-    images = FileImages([folder / name for name in names])
-    faces = Faces(images, torch.zeros(len(names), dtype=torch.int64), [path.stem], size)
-    return _pair_set(path.stem, faces, first, second, pairs.same, pairs.folds, scans, threads)
-
-
-def _bin_set(path: Path, size: int, scans: Path, threads: int) -> EvaluationSet:
-    try:
-        with path.open("rb") as file:
-            contents, same = _PlainData(file, encoding="bytes").load()
-    except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is not one of insightface's .bin files: {error}") from None
-    same = torch.tensor([bool(each) for each in same])
-    if len(contents) != 2 * len(same):
-        raise DataError(f"{path}: expected two images a pair, got {len(contents)} for {len(same)}")
-    images = MemoryImages(str(path), [bytes(each) for each in contents])
-    faces = Faces(images, torch.zeros(len(images), dtype=torch.int64), [path.stem], size)
-    first, second = torch.arange(len(images)).view(-1, 2).unbind(1)
-    return _pair_set(path.stem, faces, first, second, same, None, scans, threads)
-
-
-class _PlainData(pickle.Unpickler):
-    """Unpickles lists, bytes and numbers, and nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: text.encode("latin1")
-        raise pickle.UnpicklingError(f"it holds a {module}.{name}")
+    folds = consecutive_folds(len(pairs.same), 10) if pairs.folds is None else pairs.folds
+    images = FileImages(folder, find_images(folder, names))
+    return images, evaluation.IndexPairs(first, second, pairs.same, folds)
 
 
 def _pair_set(
     name: str,
-    faces: Faces,
-    first: Tensor,
-    second: Tensor,
-    same: Tensor,
-    folds: Tensor | None,
-    scans: Path,
+    images: Images,
+    pairs: evaluation.IndexPairs,
+    size: int,
+    scan: Path,
     threads: int,
 ) -> EvaluationSet:
-    kept, skipped = readable(faces.images, faces.size, scans / f"{name}.json", threads)
-    new_number = torch.full((len(faces),), -1)
-    new_number[kept] = torch.arange(len(kept))
-    first, second = new_number[first], new_number[second]
-    if folds is None:
-        folds = consecutive_folds(len(same), 10)
-    whole = (first >= 0) & (second >= 0)
-    pairs = evaluation.IndexPairs(*(part[whole] for part in (first, second, same, folds)))
+    kept, skipped = readable(images, size, scan, threads)
+    faces = Faces(images, torch.zeros(len(images), dtype=torch.int64), [name], size).keep(kept)
+    number = torch.full((len(images),), -1)
+    number[kept] = torch.arange(len(kept))
+    pairs = pairs._replace(first=number[pairs.first], second=number[pairs.second])
+    pairs = _some(pairs, (pairs.first >= 0) & (pairs.second >= 0))
     if min(int(pairs.same.sum()), int((~pairs.same).sum())) < 2:
         raise DataError(
             f"{name}: fewer than two pairs of the same or of different identities remain; "
             f"{len(skipped)} image(s) cannot be read, the first is "
             f"{skipped[0] if skipped else 'none'}"
         )
-    return EvaluationSet(name, faces.keep(kept), pairs, False, len(skipped))
+    return EvaluationSet(name, faces, pairs, False, len(skipped))
+
+
+def _some(pairs: evaluation.IndexPairs, chosen: Tensor) -> evaluation.IndexPairs:
+    return evaluation.IndexPairs(*(part[chosen] for part in pairs))
 
 
 def judge(model: nn.Module, chosen: EvaluationSet, batch_size: int, workers: int) -> Judgement:
@@ -158,7 +182,8 @@ def judge(model: nn.Module, chosen: EvaluationSet, batch_size: int, workers: int
     """
     loader = DataLoader(chosen.faces, batch_size, num_workers=workers)
     features, labels = evaluation.embed(model, loader, flip=True, progress=False)
-    pairs = chosen.pairs
+    seen = ~chosen.faces.missing()
+    pairs = _some(chosen.pairs, seen[chosen.pairs.first] & seen[chosen.pairs.second])
     scores = evaluation.pair_scores(features, pairs.first, pairs.second)
     folds = evaluation.fold_accuracy(scores, pairs.same, pairs.folds)
     curve = evaluation.roc(scores, pairs.same)
@@ -169,6 +194,7 @@ def judge(model: nn.Module, chosen: EvaluationSet, batch_size: int, workers: int
         "AUC": curve.auc,
     }
     if chosen.identities:
+        features, labels = features[seen], labels[seen]
         sizes = labels.bincount()
         impostors = (len(labels) ** 2 - int((sizes**2).sum())) // 2
         fars = _reached(impostors)

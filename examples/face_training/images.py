@@ -1,86 +1,32 @@
-"""Faces on disk: folders, RecordIO sets, lists of files; what cannot be read is left out."""
+"""Faces on disk: folders of identities' folders, and RecordIO sets."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
 import torch
-from face_demo.data import ORL_CREDIT, DataError, natural_order, read_orl, split_long_tail
-from PIL import Image, ImageOps
+from face_demo.data import ORL_CREDIT, read_orl, split_long_tail
+from face_demo.errors import DataError
+from face_demo.folders import identities, printable, say
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 
+from .lost import LostImages
 from .recordio import RecordFile, image_numbers
+from .scans import readable
+from .sources import UNREADABLE, FileImages, Images, MemoryImages, RecordImages, decode, why
 
-UNREADABLE = (OSError, ValueError, SyntaxError, DataError, Image.DecompressionBombError)
+__all__ = ["UNREADABLE", "Faces", "decode", "load_faces", "load_orl", "readable"]
 
-
-class Images(Protocol):
-    """Encoded images by number."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, number: int) -> str:
-        """What a message calls it."""
-
-    def data(self, number: int) -> bytes:
-        """The content of an image file."""
-
-
-class FileImages:
-    """Images in files."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, number: int) -> str:
-        return str(self.paths[number])
-
-    def data(self, number: int) -> bytes:
-        return self.paths[number].read_bytes()
-
-
-class RecordImages:
-    """Images in a RecordIO file."""
-
-    def __init__(self, file: RecordFile, numbers: Sequence[int]) -> None:
-        self.file, self.numbers = file, list(numbers)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def name(self, number: int) -> str:
-        return f"{self.file.path}, record {self.numbers[number]}"
-
-    def data(self, number: int) -> bytes:
-        return self.file.read(self.numbers[number]).content
-
-
-class MemoryImages:
-    """Images whose files' contents are in memory."""
-
-    def __init__(self, source: str, contents: Sequence[bytes]) -> None:
-        self.source, self.contents = source, list(contents)
-
-    def __len__(self) -> int:
-        return len(self.contents)
-
-    def name(self, number: int) -> str:
-        return f"{self.source}, image {number}"
-
-    def data(self, number: int) -> bytes:
-        return self.contents[number]
+# A label that every loss leaves out.
+IGNORED = -100
+_GRAY = 127
 
 
 class Faces(Dataset):
@@ -93,11 +39,16 @@ class Faces(Dataset):
         labels: int64 ``[N]`` in ``[0, C)``; each of the C has an image.
         names: of the C identities.
         size: height and width in pixels; others are cut to a square and scaled.
+
+    Attributes:
+        left_out: names of images that were left out when they were listed.
     """
 
     def __init__(self, images: Images, labels: Tensor, names: Sequence[str], size: int) -> None:
         self.images, self.labels, self.names, self.size = images, labels, list(names), size
         self.rows = torch.arange(len(images))
+        self.left_out: list[str] = []
+        self._lost: LostImages | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,9 +57,68 @@ class Faces(Dataset):
         row = int(self.rows[item])
         try:
             image = decode(self.images.data(row), self.size)
+            if self._lost is not None:
+                self._lost.find(row)
         except UNREADABLE as error:
-            raise DataError(f"{self.images.name(row)} cannot be read any more: {error}") from error
+            image = self._in_place(item, row, error)
         return image, int(self.labels[item]), item
+
+    def _in_place(self, item: int, row: int, error: Exception) -> Tensor:
+        """What stands for an image that cannot be read any more."""
+        message = printable(f"{self.images.name(row)} cannot be read any more: {why(error)}")
+        if self._lost is None:
+            raise DataError(
+                f"{message}; put it back, or go on without it with --resume --skip-unreadable"
+            ) from error
+        other = self._another(item) if self._lost.replace else None
+        self._lost.lose(row, message, replaced=other is not None)
+        if other is not None:
+            return other
+        return torch.full((3, self.size, self.size), _GRAY, dtype=torch.uint8)
+
+    def skip_unreadable(self, replace: bool) -> None:
+        """From now on, an image that cannot be read any more is no error.
+
+        It is named once. With ``replace`` another image of the same identity takes its place. Where
+        there is none, and without ``replace``, a gray image does, and `known` tells.
+        """
+        self._lost = LostImages(self.images, len(self), replace)
+
+    def known(self, labels: Tensor, items: Tensor) -> Tensor:
+        """Labels of items that were read, -100 where nothing could be read: losses leave it out."""
+        if self._lost is None:
+            return labels
+        return labels.masked_fill(self._lost.missing(self.rows[items]), IGNORED)
+
+    def missing(self) -> Tensor:
+        """bool [N], the items of which nothing could be read."""
+        return self.known(self.labels, torch.arange(len(self))) == IGNORED
+
+    def lost(self) -> list[str]:
+        """Names of the images that `skip_unreadable` has skipped."""
+        return [] if self._lost is None else self._lost.names()
+
+    def _another(self, item: int) -> Tensor | None:
+        """The next image of the same identity that can be read, or None."""
+        own = (self.labels == self.labels[item]).nonzero()[:, 0]
+        for other in own.roll(-int((own <= item).sum()))[:-1].tolist():
+            try:
+                return decode(self.images.data(int(self.rows[other])), self.size)
+            except UNREADABLE:
+                continue
+        return None
+
+    def fingerprint(self) -> str:
+        """Of the images' names within the data folder, their labels and sizes in bytes.
+
+        Another one means that images were added, removed, changed or moved to other identities; a
+        data folder that is moved keeps it.
+        """
+        digest = hashlib.sha256()
+        for row, label in zip(self.rows.tolist(), self.labels.tolist(), strict=True):
+            name, size, _ = self.images.stamp(row)
+            digest.update(f"{name}\0{size}\0{label}\n".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
     def keep(self, items: Tensor) -> Faces:
         """Some of the faces; identities without any are left out, and the others numbered anew."""
@@ -116,6 +126,7 @@ class Faces(Dataset):
         names = [self.names[label] for label in labels.tolist()]
         kept = Faces(self.images, numbers, names, self.size)
         kept.rows = self.rows[items]
+        kept._lost = self._lost
         return kept
 
     def counts(self) -> Tensor:
@@ -123,44 +134,53 @@ class Faces(Dataset):
         return self.labels.bincount(minlength=len(self.names))
 
 
-def decode(data: bytes, size: int) -> Tensor:
-    """The content of an image file as uint8 ``[3, size, size]``, red first."""
-    with Image.open(io.BytesIO(data)) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    if upright.size != (size, size):
-        upright = ImageOps.fit(upright, (size, size))
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
-
-
-def load_faces(path: Path, size: int) -> Faces:
+def load_faces(path: Path, size: int, allow_empty: bool = False) -> Faces:
     """The faces of a folder of identities' folders, or of an insightface RecordIO set.
 
     Args:
         path: a folder with one sub-folder for each identity; or a .rec file, or the folder that
             holds train.rec.
+        allow_empty: whether an identity's folder may be empty, as where its images are lost.
 
     Raises:
         DataError: there are no such images; an identity's folder is empty.
     """
-    if path.suffix == ".rec":
-        return _load_records(path, size)
-    if (path / "train.rec").is_file():
-        return _load_records(path / "train.rec", size)
-    if not path.is_dir():
-        raise DataError(f"{path} is neither a folder nor a .rec file")
-    people = [each for each in sorted(path.iterdir(), key=natural_order) if each.is_dir()]
-    people = [each for each in people if not each.name.startswith(".")]
-    if not people:
-        raise DataError(f"{path} has no sub-folders; it needs one for each identity")
-    files, labels = [], []
-    for label, person in enumerate(people):
-        own = [each for each in person.iterdir() if each.is_file() and each.name[0] != "."]
+    try:
+        if path.suffix == ".rec":
+            return _load_records(path, size)
+        if (path / "train.rec").is_file():
+            return _load_records(path / "train.rec", size)
+        if not path.is_dir():
+            raise DataError(f"{path} is neither a folder nor a .rec file")
+        return _load_folder(path, size, allow_empty)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _load_folder(path: Path, size: int, allow_empty: bool) -> Faces:
+    files, labels, names = [], [], []
+    for person, own in identities(path):
+        if not own and allow_empty:
+            say(f"the folder {person} is empty")
+            continue
         if not own:
-            raise DataError(f"the folder {person} is empty; remove it, or put images into it")
-        files += sorted(own, key=natural_order)
-        labels += [label] * len(own)
-    names = [person.name for person in people]
-    return Faces(FileImages(files), torch.tensor(labels), names, size)
+            raise DataError(_empty(person))
+        labels += [len(names)] * len(own)
+        names.append(printable(person.name))
+        files += own
+    if not files:
+        raise DataError(f"{path} has no sub-folders of images; it needs one for each identity")
+    return Faces(FileImages(path, files), torch.tensor(labels), names, size)
+
+
+def _empty(person: Path) -> str:
+    inner = [each.name for each in person.iterdir() if each.is_dir()]
+    if inner:
+        return (
+            f"the folder {person} has no images, but {len(inner)} folder(s) as {min(inner)}; put "
+            f"the images of an identity right into its folder"
+        )
+    return f"the folder {person} is empty; remove it, or put images into it"
 
 
 def load_orl(size: int) -> tuple[Faces, Faces]:
@@ -176,7 +196,8 @@ def _from_pixels(pixels: Tensor, labels: Tensor, size: int) -> Faces:
     contents = []
     for image in pixels.numpy():
         file = io.BytesIO()
-        Image.fromarray(image).save(file, "png")
+        # A format without compression, so that every version of Pillow writes the same.
+        Image.fromarray(image).save(file, "ppm")
         contents.append(file.getvalue())
     names = [f"identity {label}" for label in range(int(labels.max()) + 1)]
     return Faces(MemoryImages(ORL_CREDIT, contents), labels, names, size)
@@ -184,55 +205,29 @@ def _from_pixels(pixels: Tensor, labels: Tensor, size: int) -> Faces:
 
 def _load_records(path: Path, size: int) -> Faces:
     file = RecordFile(path)
-    numbers = image_numbers(file)
+    numbers, found, sizes, left_out = [], [], [], []
+    bar = tqdm(image_numbers(file), desc="labels", unit="image", leave=False)
+    for number in bar:
+        try:
+            record = file.read(number)
+            identity = _identity(record.labels[0])
+        except DataError as error:
+            say(f"cannot read {path}, record {number}: {error}")
+            left_out.append(printable(f"{path}, record {number}"))
+            continue
+        numbers.append(number)
+        found.append(identity)
+        sizes.append(len(record.content))
     if not numbers:
         raise DataError(f"{path} has no images")
-    bar = tqdm(numbers, desc="labels", unit="image", leave=False)
-    found = torch.tensor([int(file.read(number).labels[0]) for number in bar])
-    identities, labels = found.unique(return_inverse=True)
-    return Faces(RecordImages(file, numbers), labels, list(map(str, identities.tolist())), size)
+    kinds, labels = torch.tensor(found).unique(return_inverse=True)
+    names = list(map(str, kinds.tolist()))
+    faces = Faces(RecordImages(file, numbers, sizes), labels, names, size)
+    faces.left_out = left_out
+    return faces
 
 
-def readable(images: Images, size: int, cache: Path, threads: int) -> tuple[Tensor, list[str]]:
-    """The numbers of the images that can be decoded, and the names of those that cannot.
-
-    Every image is decoded once, and what was found is kept in ``cache`` for the next start with
-    images of the same names.
-    """
-    every_name = "\n".join(images.name(number) for number in range(len(images)))
-    digest = hashlib.sha256(every_name.encode()).hexdigest()
-    if cache.is_file():
-        kept = json.loads(cache.read_text(encoding="utf-8"))
-        if kept["images"] == digest:
-            return _without(len(images), kept["unreadable"]), kept["names"]
-
-    def problem(number: int) -> str | None:
-        try:
-            decode(images.data(number), size)
-        except UNREADABLE as error:
-            return f"{images.name(number)}: {error}"
-        return None
-
-    found = thread_map(
-        problem,
-        range(len(images)),
-        max_workers=threads,
-        chunksize=64,
-        desc="checking images",
-        unit="image",
-        leave=False,
-    )
-    wrong = [number for number, each in enumerate(found) if each is not None]
-    for number in wrong:
-        tqdm.write(f"cannot read {found[number]}")
-    names = [images.name(number) for number in wrong]
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    content = {"images": digest, "unreadable": wrong, "names": names}
-    cache.write_text(json.dumps(content), encoding="utf-8")
-    return _without(len(images), wrong), names
-
-
-def _without(count: int, left_out: Sequence[int]) -> Tensor:
-    kept = torch.ones(count, dtype=torch.bool)
-    kept[torch.tensor(left_out, dtype=torch.int64)] = False
-    return kept.nonzero()[:, 0]
+def _identity(label: float) -> int:
+    if not math.isfinite(label):
+        raise DataError(f"its label is {label}")
+    return int(label)

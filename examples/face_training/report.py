@@ -56,7 +56,7 @@ The network and all else are in `{CHECKPOINT}`; curves over the steps are in Ten
 |---|---|
 {chr(10).join(f"| {name} | {value} |" for name, value in vars(options).items())}
 """
-    names = "".join(f"- {name}\n" for name in skipped[:100])
+    names = "".join(f"- `{name}`\n" for name in skipped[:100])
     if skipped:
         page += f"\nUnreadable images{' (the first 100)' if len(skipped) > 100 else ''}:\n\n{names}"
     path = folder / "report.md"

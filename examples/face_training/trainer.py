@@ -183,6 +183,7 @@ class Trainer:
         start, losses = time.perf_counter(), []
         run.trainee.train()
         for images, labels, samples in self._bar(run, epoch):
+            labels = run.faces.known(labels, samples)
             losses.append(self._step(run, images, labels))
             run.rates.step()
             if run.clusters is not None and isinstance(self.criterion, CLMLELoss):
