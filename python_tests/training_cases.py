@@ -12,6 +12,8 @@ import train_faces  # noqa: E402
 from face_demo.data import DataError  # noqa: E402
 from face_training import (
     backbones,
+    checkpoint,
+    divergence,
     evaluation_sets,
     images,
     recipes,
@@ -20,10 +22,14 @@ from face_training import (
     settings,
     trainer,
 )  # noqa: E402
+from face_training.checkpoint import CHECKPOINT  # noqa: E402
 
 __all__ = [
+    "CHECKPOINT",
     "DataError",
     "backbones",
+    "checkpoint",
+    "divergence",
     "evaluation_sets",
     "images",
     "recipes",

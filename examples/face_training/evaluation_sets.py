@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -149,25 +149,41 @@ def _pair_set(
     return EvaluationSet(name, faces.keep(kept), pairs, False, len(skipped))
 
 
+def judgeable(chosen: EvaluationSet) -> EvaluationSet:
+    """The set in a form that `judge` can take: pairs of one fold come into ten, as without folds.
+
+    Raises:
+        DataError: it cannot be judged.
+    """
+    pairs = chosen.pairs
+    if len(pairs.folds.unique()) < 2:
+        pairs = pairs._replace(folds=consecutive_folds(len(pairs.same), 10))
+    try:
+        _pair_figures(torch.rand(len(pairs.same), generator=torch.Generator()), pairs)
+        if chosen.identities:
+            evaluation.random_trials(chosen.faces.labels)
+    except ValueError as error:
+        raise DataError(f"evaluation set {chosen.name}: {error}") from error
+    return replace(chosen, pairs=pairs)
+
+
 def judge(model: nn.Module, chosen: EvaluationSet, batch_size: int, workers: int) -> Judgement:
     """Embeds the images, mirror images added, and verifies and identifies them.
 
     For sets of identities: the verification rate over all pairs, and the mean rank-1 rate and DIR
     of ten random galleries of half of the identities. Rates at false accept rates that fewer than
     one impostor reaches are left out.
+
+    Raises:
+        DataError: features are not finite.
     """
     loader = DataLoader(chosen.faces, batch_size, num_workers=workers)
-    features, labels = evaluation.embed(model, loader, flip=True, progress=False)
-    pairs = chosen.pairs
-    scores = evaluation.pair_scores(features, pairs.first, pairs.second)
-    folds = evaluation.fold_accuracy(scores, pairs.same, pairs.folds)
-    curve = evaluation.roc(scores, pairs.same)
-    figures = {
-        "accuracy": folds.mean,
-        "accuracy std": folds.std,
-        "equal error rate": curve.equal_error_rate,
-        "AUC": curve.auc,
-    }
+    try:
+        features, labels = evaluation.embed(model, loader, flip=True, progress=False)
+    except ValueError as error:
+        raise DataError(f"evaluation set {chosen.name}: {error}") from error
+    scores = evaluation.pair_scores(features, chosen.pairs.first, chosen.pairs.second)
+    figures, curve = _pair_figures(scores, chosen.pairs)
     if chosen.identities:
         sizes = labels.bincount()
         impostors = (len(labels) ** 2 - int((sizes**2).sum())) // 2
@@ -176,9 +192,23 @@ def judge(model: nn.Module, chosen: EvaluationSet, batch_size: int, workers: int
         figures |= _rates("TAR", fars, points.tar)
         figures |= _search(features, labels)
     else:
-        fars = _reached(int((~pairs.same).sum()))
-        figures |= _rates("TAR", fars, evaluation.tar_at_far(scores, pairs.same, fars).tar)
+        fars = _reached(int((~chosen.pairs.same).sum()))
+        figures |= _rates("TAR", fars, evaluation.tar_at_far(scores, chosen.pairs.same, fars).tar)
     return Judgement(figures, curve)
+
+
+def _pair_figures(
+    scores: Tensor, pairs: evaluation.IndexPairs
+) -> tuple[dict[str, float], evaluation.ROC]:
+    folds = evaluation.fold_accuracy(scores, pairs.same, pairs.folds)
+    curve = evaluation.roc(scores, pairs.same)
+    figures = {
+        "accuracy": folds.mean,
+        "accuracy std": folds.std,
+        "equal error rate": curve.equal_error_rate,
+        "AUC": curve.auc,
+    }
+    return figures, curve
 
 
 def _search(features: Tensor, labels: Tensor) -> dict[str, float]:

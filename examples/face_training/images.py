@@ -110,6 +110,14 @@ class Faces(Dataset):
             raise DataError(f"{self.images.name(row)} cannot be read any more: {error}") from error
         return image, int(self.labels[item]), item
 
+    def fingerprint(self) -> str:
+        """Of the images' names within the data folder, their labels and sizes in bytes."""
+        digest = hashlib.sha256()
+        for row, label in zip(self.rows.tolist(), self.labels.tolist(), strict=True):
+            name = "/".join(Path(self.images.name(row)).parts[-2:])
+            digest.update(f"{name}\0{len(self.images.data(row))}\0{label}\n".encode())
+        return digest.hexdigest()
+
     def keep(self, items: Tensor) -> Faces:
         """Some of the faces; identities without any are left out, and the others numbered anew."""
         labels, numbers = self.labels[items].unique(return_inverse=True)

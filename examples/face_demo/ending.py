@@ -1,0 +1,80 @@
+"""How a script ends: what a user can cause or mend is said in a line, without a traceback."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from .data import DataError
+
+# Errors of PyTorch without a class of their own, by how they can be told.
+_MENDABLE = {
+    "DataLoader worker": "give fewer --workers if memory was short",
+    "can't allocate memory": "give smaller batches, images or networks",
+}
+
+
+@contextmanager
+def named_errors(speaks: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Ends the process with ``error: …`` and exit code 1 after an error that is the user's.
+
+    Interrupted it ends with exit code 130, and with 143 after SIGTERM.
+
+    Args:
+        speaks: whether this process says what happened. Where another has, any error ends it
+            silently.
+    """
+    try:
+        yield
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        _end(130, "interrupted", speaks)
+    except Exception as error:
+        message = _message(error)
+        if not speaks():
+            raise SystemExit(1) from None
+        if message is None:
+            raise
+        raise SystemExit(f"error: {message}") from None
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the process as an error does, so that it ends its workers first."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        _end(128 + number, "ended by SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(code: int, message: str, speaks: Callable[[], bool] = lambda: True) -> None:
+    if speaks():
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def _message(error: Exception) -> str | None:
+    """What to say of an error that a user can cause or mend; None of others."""
+    if isinstance(error, DataError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"out of memory: give smaller batches, images or networks ({_line(error)})"
+    advice = next((each for text, each in _MENDABLE.items() if text in str(error)), None)
+    return f"{_line(error)}; {advice}" if advice and isinstance(error, RuntimeError) else None
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "").strip(" .")
