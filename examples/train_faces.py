@@ -277,7 +277,7 @@ def run(options: argparse.Namespace, store: dist.Store | None) -> None:
             judged[each.name] = judge(network, each, EVALUATION_BATCH, options.workers)
         return {name: each.figures for name, each in judged.items()}
 
-    trainer = Trainer(faces, recipe, chosen, options.output, device, judge_all)
+    trainer = Trainer(faces, recipe, chosen, options.output, device, judge_all, saved)
     if leads():
         judges = [
             f"{each.name} ({each.skipped} unreadable)" if each.skipped else each.name
@@ -287,7 +287,7 @@ def run(options: argparse.Namespace, store: dist.Store | None) -> None:
             f"{len(faces)} images of {len(faces.names)} identities, {len(skipped)} unreadable "
             f"image(s) left out; evaluation on {', '.join(judges) or 'nothing'}"
         )
-    progress = trainer.train(saved)
+    progress = trainer.train()
     if leads():
         if not judged:
             judge_all(trainer.network)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_cases import (
-    SETTINGS,
     CHECKPOINT,
+    SETTINGS,
     DataError,
     arguments,
     backbones,

@@ -19,6 +19,10 @@ _MENDABLE = {
 }
 
 
+class Terminated(BaseException):
+    """By SIGTERM."""
+
+
 @contextmanager
 def named_errors(speaks: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Ends the process with ``error: …`` and exit code 1 after an error that is the user's.
@@ -31,17 +35,24 @@ def named_errors(speaks: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """
     try:
         yield
-    except SystemExit:
-        raise
+        return
     except KeyboardInterrupt:
-        _end(130, "interrupted", speaks)
+        code, message = 130, "interrupted"
+    except Terminated:
+        code, message = 143, "ended by SIGTERM"
     except Exception as error:
-        message = _message(error)
-        if not speaks():
-            raise SystemExit(1) from None
+        code, message = 1, _message(error)
         if message is None:
-            raise
-        raise SystemExit(f"error: {message}") from None
+            if speaks():
+                raise
+            raise SystemExit(1) from None
+    # Only now, without the error, are bars of progress closed.
+    if not speaks():
+        raise SystemExit(code)
+    if code == 1:
+        raise SystemExit(f"error: {message}")
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 @contextmanager
@@ -49,19 +60,13 @@ def ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends the process as an error does, so that it ends its workers first."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        _end(128 + number, "ended by SIGTERM")
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _end(code: int, message: str, speaks: Callable[[], bool] = lambda: True) -> None:
-    if speaks():
-        print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code) from None
 
 
 def _message(error: Exception) -> str | None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from .data import DataError
 
 
@@ -39,6 +41,16 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as beside:
         beside.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes or replaces a picture, a PNG file.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
 
 
 def make_folder(path: Path) -> None:

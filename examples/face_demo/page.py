@@ -27,7 +27,7 @@ code { font-size: .9em; }
 pre { overflow-x: auto; line-height: 1.35; }
 """
 # What means something in Markdown or HTML; an underscore does not between letters.
-_SPECIAL = re.compile(r"[\\`*\[\]#|<>&!]|(?<!\w)_|_(?!\w)")
+_SPECIAL = re.compile(r"[\\`*\[\]#|<>]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
 
 
 def literal(text: str) -> str:

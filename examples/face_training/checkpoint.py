@@ -17,6 +17,8 @@ from .options import Progress
 CHECKPOINT = "checkpoint.pt"
 # Options that may differ when a run goes on.
 _FREE = {"workers"}
+# Differences that a message tells.
+_SHOWN = 8
 # Options that checkpoints of older versions do not hold.
 _NEWER = {"--recipe", "--hold-out"}
 _KINDS = {
@@ -92,8 +94,11 @@ def _wrong_part(saved: object) -> str | None:
     return None
 
 
-def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Options that change nothing may differ, and the number of epochs.
+def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> int:
+    """How many of the images that the run began with are not there any more.
+
+    They may be fewer, if every identity still has one. Options that change nothing may differ, and
+    the number of epochs.
 
     Args:
         now: what a checkpoint of this run would hold.
@@ -102,6 +107,9 @@ def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
         DataError: it is of another run; the message says what differs.
     """
     before, after = _facts(saved), _facts(now)
+    gone = _gone(saved, now)
+    if gone > 0:
+        after["images"] = before["images"]
     for name in _NEWER - set(before):
         del after[name]
     found = [
@@ -109,13 +117,23 @@ def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
         for name in before | after
         if before.get(name) != after.get(name)
     ]
-    if not found and saved.get("fingerprint", now["fingerprint"]) != now["fingerprint"]:
+    if not (found or gone) and saved.get("fingerprint", now["fingerprint"]) != now["fingerprint"]:
         found = ["images were replaced or moved to other identities, or changed in size"]
     if found:
         raise DataError(
-            f"{path} is of another run: {'; '.join(found)}. Give the same as then, or another "
-            f"--output"
+            f"{path} is of another run: {'; '.join(found[:_SHOWN])}"
+            f"{' ...' if len(found) > _SHOWN else ''}. Give the same as then, or another --output"
         )
+    return gone
+
+
+def _gone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> int:
+    """0 where an identity is new or has more images than it had: then it is not only that."""
+    counts = saved.get("counts", now["counts"])
+    if saved["names"] != now["names"] or len(counts) != len(now["counts"]):
+        return 0
+    fewer = [then - there for then, there in zip(counts, now["counts"], strict=True)]
+    return sum(fewer) if min(fewer) >= 0 else 0
 
 
 def _shown(facts: Mapping[str, object], name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from face_demo.files import replacing, write_text
+from face_demo.files import save, write_text
 from face_demo.page import literal, write_html
 from matplotlib.figure import Figure
 
@@ -35,8 +35,7 @@ def write_report(
     pictures = ["![loss and learning rate](loss.png)"]
     if judged:
         axes = evaluation.plot_roc({name: each.roc for name, each in judged.items()})
-        with replacing(folder / "roc.png") as beside:
-            axes.figure.savefig(beside, format="png")
+        save(axes.figure, folder / "roc.png")
         pictures.append("![ROC](roc.png)")
     counts = faces.counts()
     page = f"""\
@@ -125,5 +124,4 @@ def _plot_loss(recipe: Recipe, progress: Progress, path: Path) -> None:
     rate.xaxis.get_major_locator().set_params(integer=True)
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
-    with replacing(path) as beside:
-        figure.savefig(beside, format="png")
+    save(figure, path)

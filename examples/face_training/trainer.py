@@ -64,11 +64,6 @@ class _Run:
     rates: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
 
-    @property
-    def refresh(self) -> int:
-        """Epochs after which clusters are found anew."""
-        return refresh_epochs(self.phase.batches, len(self.loader))
-
 
 class Trainer:
     """Trains a recipe.
@@ -81,9 +76,10 @@ class Trainer:
         device: of this process.
         evaluate: called with the network after every epoch, in the first process alone; gives
             figures by the names of evaluation sets.
+        saved: the checkpoint to go on from, if there is one.
 
     Raises:
-        DataError: the faces do not suit the recipe.
+        DataError: the faces do not suit the recipe; the checkpoint is damaged, or of another run.
     """
 
     def __init__(
@@ -94,15 +90,22 @@ class Trainer:
         folder: Path,
         device: torch.device,
         evaluate: Callable[[Embedder], dict[str, dict[str, float]]],
+        saved: dict | None,
     ) -> None:
         self.faces, self.recipe, self.options = faces, recipe, options
         self.folder, self.device, self.evaluate = folder, device, evaluate
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self._fingerprint = faces.fingerprint()
         self.progress = Progress()
         self.super_classes: SuperClasses | None = None
         self.criterion: nn.Module | None = None
+        # Of the images that the run began with, which decide who is head and who is tail.
+        self._data = {
+            "images": len(faces),
+            "names": faces.names,
+            "counts": faces.counts().tolist(),
+            "fingerprint": faces.fingerprint(),
+        }
         self._mirror = torch.Generator().manual_seed(
             (options.seed * self.ranks + self.rank) % 2**64
         )
@@ -111,51 +114,55 @@ class Trainer:
         backbone = make_backbone(options.backbone, size, options.image_size)
         balancing = ResidualBalancingModule(size) if recipe.balanced else None
         self.network = Embedder(backbone, balancing).to(device)
+        self._saved, self._gone = saved, 0
+        if saved is not None:
+            self._take(saved)
         for phase in recipe.phases:
-            check_phase(phase, faces, self.network, options, self.ranks)
+            check_phase(phase, faces, self._counts, self.network, options, self.ranks)
+
+    @property
+    def _counts(self) -> Tensor:
+        return torch.tensor(self._data["counts"])
 
     @property
     def leads(self) -> bool:
         """This is the process that reports, evaluates and saves."""
         return self.rank == 0
 
-    def train(self, saved: dict | None) -> Progress:
-        """To the end; with a checkpoint from there on.
+    def train(self) -> Progress:
+        """To the end.
 
         Raises:
-            DataError: the checkpoint is of another run; the loss or a weight is not finite; a file
-                cannot be written.
+            DataError: the loss or a weight is not finite; a file cannot be written.
         """
-        if saved is not None:
-            self._take(saved)
         with Curves(self.folder, self.progress.step) if self.leads else nullcontext() as curves:
             while self.progress.phase < len(self.recipe.phases):
-                self._train_phase(self.recipe.phases[self.progress.phase], saved, curves)
-                saved = None
+                self._train_phase(self.recipe.phases[self.progress.phase], curves)
                 self.progress.phase, self.progress.epoch = self.progress.phase + 1, 0
         return self.progress
 
-    def _train_phase(self, phase: Phase, saved: dict | None, curves: Curves | None) -> None:
-        run = self._start_phase(phase, saved)
+    def _train_phase(self, phase: Phase, curves: Curves | None) -> None:
+        # Clusters of images that are not there any more are not taken from a checkpoint.
+        due = self._saved is not None and self._gone > 0
+        run, self._saved = self._start_phase(phase, self._saved), None
         if self.leads and self.progress.epoch < phase.epochs:
             self._announce(run)
+        clustered = run.clusters is not None
+        every = refresh_epochs(phase.batches, len(run.loader)) if clustered else 0
         for epoch in range(self.progress.epoch, phase.epochs):
-            if (
-                run.clusters is not None
-                and epoch % refresh_epochs(phase.batches, len(run.loader)) == 0
-            ):
+            if clustered and (due or epoch % every == 0):
                 self._refresh(run)
+                due = False
             self._train_epoch(run, epoch, curves)
             if self.leads:
-                check_weights(
-                    self.network, self.criterion, run.optimizer, f"step {self.progress.step}"
-                )
+                step = f"step {self.progress.step}"
+                check_weights(self.network, self.criterion, run.optimizer, step)
                 self._report(curves)
             self._save(run)
 
     def _start_phase(self, phase: Phase, saved: dict | None) -> _Run:
         """All that a phase trains with, as it was in ``saved`` where that is given."""
-        faces = seen(phase, self.faces)
+        faces = seen(phase, self.faces, self._counts)
         batches, clusters = make_batches(
             phase.batches, faces.labels, self.ranks, self.rank, self.options.seed
         )
@@ -345,18 +352,19 @@ class Trainer:
         return {
             "options": asdict(self.options),
             "recipe": describe(self.recipe),
-            "images": len(self.faces),
-            "names": self.faces.names,
-            "fingerprint": self._fingerprint,
+            **self._data,
             "ranks": [None] * self.ranks,
         }
 
     def _take(self, saved: dict) -> None:
         """All of a checkpoint but what a phase has of its own."""
         path = self.folder / CHECKPOINT
-        check_same_run(path, saved, self._facts())
-        if "fingerprint" not in saved and self.leads:
+        self._gone = check_same_run(path, saved, self._facts())
+        if self.leads and "fingerprint" not in saved:
             tqdm.write(f"{path} is of an older version: images may have changed since")
+        if self.leads and self._gone > 0:
+            tqdm.write(f"{self._gone} image(s) fewer than the run began with: it goes on without")
+        self._data |= {name: saved[name] for name in self._data if name in saved}
         self.progress = Progress(**saved["progress"])
         restore(path, saved, {"network": self.network})
         try:
@@ -376,6 +384,6 @@ class Trainer:
         """What a phase has of its own."""
         path = self.folder / CHECKPOINT
         restore(path, saved, {"optimizer": optimizer, "scaler": scaler})
-        if clusters is not None:
+        if clusters is not None and self._gone == 0:
             restore(path, saved["ranks"][self.rank], {"clusters": clusters})
         check_weights(self.network, self.criterion, optimizer, str(path))
