@@ -270,10 +270,10 @@ def test_networks_of_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def module(name: str, function: str) -> types.ModuleType:
-        def make(*names: str, **options: object) -> nn.Module:
+        def make(*names: str, **options: object) -> torch.nn.Module:
             calls.append((names, options))
-            pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            return pooled.append(nn.Linear(3, options["num_classes"]))
+            pooled = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+            return pooled.append(torch.nn.Linear(3, options["num_classes"]))
 
         made = types.ModuleType(name)
         setattr(made, function, make)

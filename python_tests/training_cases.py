@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -18,6 +19,7 @@ from face_training import (
     images,
     recipes,
     recordio,
+    report,
     sampling,
     settings,
     trainer,
@@ -34,6 +36,7 @@ __all__ = [
     "images",
     "recipes",
     "recordio",
+    "report",
     "sampling",
     "settings",
     "train_faces",
@@ -52,6 +55,12 @@ SETTINGS = {
     "clmle": ["batch_size=32", "clusters_per_batch=6", "samples_per_cluster=4", "cluster_size=4"],
     "lmle": ["batch_size=32", "clusters_per_batch=6", "samples_per_cluster=4", "cluster_size=4"],
 }
+
+
+def shrink_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One narrow block a stage."""
+    monkeypatch.setitem(backbones._IRESNETS, "iresnet18", (1, 1, 1, 1))
+    monkeypatch.setattr(backbones, "_WIDTHS", (8, 8, 16, 16))
 
 
 def arguments(recipe: str, output: Path, *more: str) -> list[str]:

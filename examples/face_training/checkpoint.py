@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from face_demo.data import DataError
@@ -63,6 +64,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         DataError: it cannot be read, is damaged, or something else.
     """
     try:
+        # torch.load does not look at the checksums.
+        with ZipFile(path) as archive:
+            if (record := archive.testzip()) is not None:
+                raise BadZipFile(f"the checksum of {record} is another")
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
@@ -79,8 +84,10 @@ def _wrong_part(saved: object) -> str | None:
     if not isinstance(saved, dict):
         return f"it holds a {type(saved).__name__}"
     for name, kind in _KINDS.items():
-        if not isinstance(saved.get(name), kind):
-            return f"its {name!r} is {'another kind' if name in saved else 'missing'}"
+        if name not in saved:
+            return f"its {name!r} is missing"
+        if not isinstance(saved[name], kind):
+            return f"its {name!r} is a {type(saved[name]).__name__}"
     wanted = {each.name for each in fields(Progress)}
     if wanted != set(saved["progress"]):
         return "its 'progress' is another kind"
