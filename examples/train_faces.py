@@ -134,12 +134,12 @@ def parse_settings(given: Sequence[str]) -> dict[str, Setting]:
     """Of ``NAME=VALUE``: numbers, tuples of numbers, or words.
 
     Raises:
-        DataError: there is no equals sign.
+        DataError: there is no name or no equals sign.
     """
     settings: dict[str, Setting] = {}
     for each in given:
         name, equals, text = each.partition("=")
-        if not equals:
+        if not (name and equals):
             raise DataError(f"--set: expected NAME=VALUE, got {each}")
         try:
             settings[name] = ast.literal_eval(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import warnings
 from collections.abc import Sequence
 
@@ -26,10 +25,10 @@ def check_at_least(
 def check_finite(
     parser: argparse.ArgumentParser, options: argparse.Namespace, names: Sequence[str]
 ) -> None:
-    """Numbers that are given: finite and not negative."""
+    """Numbers that are given: not negative, and finite in float32."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
+        if value is not None and not 0 <= value <= torch.finfo(torch.float32).max:
             parser.error(
                 f"--{name.replace('_', '-')} must be a finite number of at least 0, got {value}"
             )

@@ -72,6 +72,8 @@ def _like(value: Setting, given: Setting, name: str) -> Setting:
     """A number of the kind that the recipe's own is; a word, as epsilon's, may become a number."""
     if isinstance(value, tuple):
         given = tuple(given) if isinstance(given, tuple | list) else (given,)
+        if not given:
+            raise DataError(f"--set {name}: expected numbers, got none")
         return tuple(_like(value[0], each, name) for each in given)
     if isinstance(value, str):
         return given

@@ -203,7 +203,7 @@ class Trainer:
         self.progress.rate.append(run.optimizer.param_groups[0]["lr"])
         start, losses = time.perf_counter(), []
         run.trainee.train()
-        for images, labels, samples in self._bar(run, epoch):
+        for images, labels, samples in self._batches(run, epoch):
             losses.append(self._step(run, images, labels))
             run.rates.step()
             if run.clusters is not None and isinstance(self.criterion, CLMLELoss):
@@ -293,9 +293,16 @@ class Trainer:
     def _title(self) -> str:
         return f"phase {self.progress.phase + 1}/{len(self.recipe.phases)}"
 
-    def _bar(self, run: _Run, epoch: int) -> Iterator:
+    def _batches(self, run: _Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         title = f"{self._title()}, epoch {epoch + 1}/{run.phase.epochs}"
-        return tqdm(run.loader, title, unit="batch", leave=False, disable=not self.leads)
+        try:
+            yield from tqdm(run.loader, title, unit="batch", leave=False, disable=not self.leads)
+        except (OSError, EOFError) as error:
+            # What the DataLoader meets where a worker was killed, before it notices that.
+            raise DataError(
+                f"a process that loads images has ended ({error}); give fewer --workers if memory "
+                f"was short"
+            ) from error
 
     def _mean(self, losses: Tensor) -> float:
         """Over the steps and the processes."""
