@@ -61,7 +61,7 @@ def refused(*given: str) -> str:
     return message
 
 
-def end_after(monkeypatch: pytest.MonkeyPatch, epochs: int, number: int = 0) -> None:
+def end_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
     """As if the run was killed once it has saved so many epochs."""
     saves = []
 
