@@ -536,4 +536,4 @@ def test_two_processes_say_it_once(data: Path, tmp_path: Path) -> None:
     )
     assert done.returncode != 0 and done.stderr.count("error: there is no ") == 1
     # The launcher's own report has a traceback, of the launcher.
-    assert "train_faces.py\", line" not in done.stderr
+    assert 'train_faces.py", line' not in done.stderr
