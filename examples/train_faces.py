@@ -236,7 +236,8 @@ def open_run(options: argparse.Namespace) -> tuple[Recipe, dict[str, Any] | None
             )
     if options.hold_out is None:
         default = 0.0 if options.eval or options.data is None else 0.2
-        options.hold_out = (saved or {"options": {}})["options"].get("hold_out", default)
+        kept = {} if saved is None else saved["options"]
+        options.hold_out = kept.get("hold_out", default)
     return adapted(recipe, settings, epochs, options.rate), saved
 
 
@@ -314,7 +315,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with named_errors(), ended_by_sigterm():
             run(options, None)
         return
-    store = next(dist.rendezvous("env://"))[0]
+    try:
+        store = next(dist.rendezvous("env://"))[0]
+    except ValueError as error:
+        raise SystemExit(f"error: RANK is set, but not all that torchrun sets: {error}") from None
     with named_errors(lambda: first_to_fail(store)):
         run(options, store)
         dist.destroy_process_group()

@@ -526,6 +526,16 @@ def test_wrong_arguments_of_all_processes_are_said_once(
     assert caught.value.code == 2 and not capsys.readouterr().err
 
 
+def test_half_a_torchrun_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit, match="error: RANK is set, but not all that torchrun sets: .*"):
+        train_faces.main(of(data, tmp_path / "run"))
+
+
 def test_two_processes_say_it_once(data: Path, tmp_path: Path) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

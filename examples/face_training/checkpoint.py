@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -88,13 +87,18 @@ def _wrong_part(saved: object) -> str | None:
             return f"its {name!r} is missing"
         if not isinstance(saved[name], kind):
             return f"its {name!r} is a {type(saved[name]).__name__}"
-    wanted = {each.name for each in fields(Progress)}
-    if wanted != set(saved["progress"]):
+    progress, fresh = saved["progress"], vars(Progress())
+    if any(type(progress.get(name)) is not type(value) for name, value in fresh.items()):
         return "its 'progress' is another kind"
-    if not all(isinstance(each, dict) and "epochs" in each for each in saved["recipe"]):
+    if not all(
+        isinstance(each, dict) and isinstance(each.get("epochs"), int) for each in saved["recipe"]
+    ):
         return "its 'recipe' has no epochs"
     if saved["progress"]["phase"] not in range(len(saved["recipe"])):
         return "its 'progress' is of another recipe"
+    counts = saved.get("counts", [0] * len(saved["names"]))
+    if not isinstance(counts, list) or len(counts) != len(saved["names"]):
+        return "its 'counts' are of other identities"
     ranks = saved["ranks"]
     if not ranks or not all(isinstance(each, dict) and "mirror" in each for each in ranks):
         return "its 'ranks' are missing"
@@ -113,8 +117,11 @@ def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
     Raises:
         DataError: it is of another run; the message says what differs.
     """
-    before, after = _facts(saved), _facts(now)
-    gone = _gone(saved, now)
+    try:
+        before, after = _facts(saved), _facts(now)
+        gone = _gone(saved, now)
+    except Exception as error:  # What a file may hold is of any kind.
+        raise DataError(f"{path} is no checkpoint of this script") from error
     if gone > 0:
         after["images"] = before["images"]
     for name in _NEWER - set(before):
@@ -136,9 +143,9 @@ def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
 
 def _gone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> int:
     """0 where an identity is new or has more images than it had: then it is not only that."""
-    counts = saved.get("counts", now["counts"])
-    if saved["names"] != now["names"] or len(counts) != len(now["counts"]):
+    if saved["names"] != now["names"]:
         return 0
+    counts = saved.get("counts", now["counts"])
     fewer = [then - there for then, there in zip(counts, now["counts"], strict=True)]
     return sum(fewer) if min(fewer) >= 0 else 0
 

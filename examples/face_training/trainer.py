@@ -372,7 +372,7 @@ class Trainer:
         if self.leads and self._gone > 0:
             tqdm.write(f"{self._gone} image(s) fewer than the run began with: it goes on without")
         self._data |= {name: saved[name] for name in self._data if name in saved}
-        self.progress = Progress(**saved["progress"])
+        self.progress = Progress(**{name: saved["progress"][name] for name in vars(Progress())})
         restore(path, saved, {"network": self.network})
         try:
             if saved["super_classes"] is not None:
