@@ -96,20 +96,14 @@ def _wrong_part(saved: object) -> str | None:
         return "its 'recipe' has no epochs"
     if saved["progress"]["phase"] not in range(len(saved["recipe"])):
         return "its 'progress' is of another recipe"
-    counts = saved.get("counts", [0] * len(saved["names"]))
-    if not isinstance(counts, list) or len(counts) != len(saved["names"]):
-        return "its 'counts' are of other identities"
     ranks = saved["ranks"]
     if not ranks or not all(isinstance(each, dict) and "mirror" in each for each in ranks):
         return "its 'ranks' are missing"
     return None
 
 
-def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> int:
-    """How many of the images that the run began with are not there any more.
-
-    They may be fewer, if every identity still has one. Options that change nothing may differ, and
-    the number of epochs.
+def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Options that change nothing may differ, and the number of epochs.
 
     Args:
         now: what a checkpoint of this run would hold.
@@ -119,11 +113,8 @@ def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
     """
     try:
         before, after = _facts(saved), _facts(now)
-        gone = _gone(saved, now)
     except Exception as error:  # What a file may hold is of any kind.
         raise DataError(f"{path} is no checkpoint of this script") from error
-    if gone > 0:
-        after["images"] = before["images"]
     for name in _NEWER - set(before):
         del after[name]
     found = [
@@ -131,23 +122,13 @@ def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
         for name in before | after
         if before.get(name) != after.get(name)
     ]
-    if not (found or gone) and saved.get("fingerprint", now["fingerprint"]) != now["fingerprint"]:
+    if not found and saved.get("fingerprint", now["fingerprint"]) != now["fingerprint"]:
         found = ["images were replaced or moved to other identities, or changed in size"]
     if found:
         raise DataError(
             f"{path} is of another run: {'; '.join(found[:_SHOWN])}"
             f"{' ...' if len(found) > _SHOWN else ''}. Give the same as then, or another --output"
         )
-    return gone
-
-
-def _gone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> int:
-    """0 where an identity is new or has more images than it had: then it is not only that."""
-    if saved["names"] != now["names"]:
-        return 0
-    counts = saved.get("counts", now["counts"])
-    fewer = [then - there for then, there in zip(counts, now["counts"], strict=True)]
-    return sum(fewer) if min(fewer) >= 0 else 0
 
 
 def _shown(facts: Mapping[str, object], name: str) -> str:

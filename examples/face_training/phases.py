@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from face_demo.data import DataError
-from torch import Tensor, nn
+from torch import nn
 
 from facelt_ext.aggregation import split_classes
 
@@ -15,15 +15,11 @@ from .recipes import Phase, Start
 from .sampling import images_per_batch, make_batches
 
 
-def seen(phase: Phase, faces: Faces, counts: Tensor) -> Faces:
-    """The faces that the phase sees.
-
-    Args:
-        counts: int64 ``[C]``, images of each identity, that decide who is head and who is tail.
-    """
+def seen(phase: Phase, faces: Faces) -> Faces:
+    """The faces that the phase sees."""
     if not phase.head_only:
         return faces
-    head = split_classes(counts, phase.minimums).head
+    head = split_classes(faces.counts(), phase.minimums).head
     return faces.keep(torch.isin(faces.labels, head).nonzero()[:, 0])
 
 
@@ -36,7 +32,7 @@ def make_loss(phase: Phase, start: Start) -> nn.Module:
 
 
 def check_phase(
-    phase: Phase, faces: Faces, counts: Tensor, network: nn.Module, options: Options, ranks: int
+    phase: Phase, faces: Faces, network: nn.Module, options: Options, ranks: int
 ) -> None:
     """That it can begin, before any phase is trained.
 
@@ -44,8 +40,8 @@ def check_phase(
         DataError: faces or numbers do not suit it.
     """
     if phase.minimums:
-        _check_groups(phase, counts)
-    labels = seen(phase, faces, counts).labels
+        _check_groups(phase, faces)
+    labels = seen(phase, faces).labels
     batches, _ = make_batches(phase.batches, labels, ranks, 0, options.seed)
     images = images_per_batch(batches)
     if images < 2 and has_batch_norm(network):
@@ -59,9 +55,9 @@ def check_phase(
             make_loss(phase, Start(int(labels.max()) + 1, options.embedding_size))
 
 
-def _check_groups(phase: Phase, counts: Tensor) -> None:
+def _check_groups(phase: Phase, faces: Faces) -> None:
     try:
-        groups = split_classes(counts, phase.minimums)
+        groups = split_classes(faces.counts(), phase.minimums)
     except (TypeError, ValueError) as error:
         raise DataError(f"--set {error}") from None
     tail = sum(len(each) for each in groups.tails)

@@ -99,13 +99,7 @@ class Trainer:
         self.progress = Progress()
         self.super_classes: SuperClasses | None = None
         self.criterion: nn.Module | None = None
-        # Of the images that the run began with, which decide who is head and who is tail.
-        self._data = {
-            "images": len(faces),
-            "names": faces.names,
-            "counts": faces.counts().tolist(),
-            "fingerprint": faces.fingerprint(),
-        }
+        self._fingerprint = faces.fingerprint()
         self._mirror = torch.Generator().manual_seed(
             (options.seed * self.ranks + self.rank) % 2**64
         )
@@ -114,15 +108,11 @@ class Trainer:
         backbone = make_backbone(options.backbone, size, options.image_size)
         balancing = ResidualBalancingModule(size) if recipe.balanced else None
         self.network = Embedder(backbone, balancing).to(device)
-        self._saved, self._gone = saved, 0
+        self._saved = saved
         if saved is not None:
             self._take(saved)
         for phase in recipe.phases:
-            check_phase(phase, faces, self._counts, self.network, options, self.ranks)
-
-    @property
-    def _counts(self) -> Tensor:
-        return torch.tensor(self._data["counts"])
+            check_phase(phase, faces, self.network, options, self.ranks)
 
     @property
     def leads(self) -> bool:
@@ -142,17 +132,14 @@ class Trainer:
         return self.progress
 
     def _train_phase(self, phase: Phase, curves: Curves | None) -> None:
-        # Clusters of images that are not there any more are not taken from a checkpoint.
-        due = self._saved is not None and self._gone > 0
         run, self._saved = self._start_phase(phase, self._saved), None
         if self.leads and self.progress.epoch < phase.epochs:
             self._announce(run)
         clustered = run.clusters is not None
         every = refresh_epochs(phase.batches, len(run.loader)) if clustered else 0
         for epoch in range(self.progress.epoch, phase.epochs):
-            if clustered and (due or epoch % every == 0):
+            if clustered and epoch % every == 0:
                 self._refresh(run)
-                due = False
             self._train_epoch(run, epoch, curves)
             if self.leads:
                 step = f"step {self.progress.step}"
@@ -162,7 +149,7 @@ class Trainer:
 
     def _start_phase(self, phase: Phase, saved: dict | None) -> _Run:
         """All that a phase trains with, as it was in ``saved`` where that is given."""
-        faces = seen(phase, self.faces, self._counts)
+        faces = seen(phase, self.faces)
         batches, clusters = make_batches(
             phase.batches, faces.labels, self.ranks, self.rank, self.options.seed
         )
@@ -359,19 +346,18 @@ class Trainer:
         return {
             "options": asdict(self.options),
             "recipe": describe(self.recipe),
-            **self._data,
+            "images": len(self.faces),
+            "names": self.faces.names,
+            "fingerprint": self._fingerprint,
             "ranks": [None] * self.ranks,
         }
 
     def _take(self, saved: dict) -> None:
         """All of a checkpoint but what a phase has of its own."""
         path = self.folder / CHECKPOINT
-        self._gone = check_same_run(path, saved, self._facts())
+        check_same_run(path, saved, self._facts())
         if self.leads and "fingerprint" not in saved:
             tqdm.write(f"{path} is of an older version: images may have changed since")
-        if self.leads and self._gone > 0:
-            tqdm.write(f"{self._gone} image(s) fewer than the run began with: it goes on without")
-        self._data |= {name: saved[name] for name in self._data if name in saved}
         self.progress = Progress(**{name: saved["progress"][name] for name in vars(Progress())})
         restore(path, saved, {"network": self.network})
         try:
@@ -391,6 +377,6 @@ class Trainer:
         """What a phase has of its own."""
         path = self.folder / CHECKPOINT
         restore(path, saved, {"optimizer": optimizer, "scaler": scaler})
-        if clusters is not None and self._gone == 0:
+        if clusters is not None:
             restore(path, saved["ranks"][self.rank], {"clusters": clusters})
         check_weights(self.network, self.criterion, optimizer, str(path))
