@@ -218,14 +218,14 @@ def open_run(options: argparse.Namespace) -> tuple[Recipe, dict[str, Any] | None
     settings = parse_settings(options.set)
     adapted(recipe, settings, epochs, options.rate)
     check_place(options)
+    saved = None
+    if options.resume:
+        if not path.exists():
+            raise DataError(f"there is no {path} to resume from")
+        saved = read_checkpoint(path)
     make_folder(options.output)
-    if path.exists() != options.resume:
-        raise DataError(
-            f"there is no {path} to resume from"
-            if options.resume
-            else f"{path} is there already: give --resume to go on, or another --output"
-        )
-    saved = read_checkpoint(path) if options.resume else None
+    if saved is None and path.exists():
+        raise DataError(f"{path} is there already: give --resume to go on, or another --output")
     if saved is not None and len(saved["recipe"]) == len(recipe.phases):
         begun = [phase["epochs"] for phase in saved["recipe"]]
         epochs = resumed_epochs(recipe, begun, saved["progress"]["phase"], epochs)

@@ -169,6 +169,7 @@ def test_what_does_not_fit_ends_before_training(
 ) -> None:
     code, line = end(train_faces, of(data, tmp_path / "run", *more), capsys)
     assert code == 1 and line.startswith("error: ")
+    assert "--resume" not in more or not (tmp_path / "run").exists()
     assert re.search(named.replace("(", r"\("), line)
 
 
