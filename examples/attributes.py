@@ -18,7 +18,10 @@ import torch
 from attribute_demo.data import balanced_accuracy, person_folds, read_attributes
 from attribute_demo.report import markdown_table, plot, write_page
 from attribute_demo.training import METHODS, predictions
-from face_demo.data import DataError, read_orl
+from face_demo.arguments import check_at_least
+from face_demo.data import read_orl
+from face_demo.ending import ended_by_sigterm, named_errors
+from face_demo.files import make_folder, write_text
 from face_demo.model import network_input
 from face_demo.page import write_html
 from tqdm import tqdm
@@ -49,19 +52,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="where the report goes (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    for name in ("seeds", "steps", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    check_at_least(parser, options, 1, ("seeds", "steps", "threads"))
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    with named_errors(), ended_by_sigterm():
+        compare_and_report(options)
+
+
+def compare_and_report(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    try:
-        faces = read_orl()
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from None
+    faces = read_orl()
+    make_folder(options.output)
     attributes = read_attributes(faces)
     folds = person_folds(faces.labels, attributes.values, FOLDS)
     inputs = network_input(faces.images)
@@ -75,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
                 accuracies[method].append(balanced_accuracy(predicted, attributes.values))
                 progress.update()
-    options.output.mkdir(parents=True, exist_ok=True)
     tables = markdown_table(attributes, accuracies)
     config = {"folds": FOLDS, "seeds": options.seeds, "steps": options.steps}
     results = {
@@ -85,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             method: [values.tolist() for values in seeds] for method, seeds in accuracies.items()
         },
     }
-    (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(options.output / "results.json", json.dumps(results, indent=2) + "\n")
     plot(attributes, accuracies, options.output / "accuracy.png")
     page = options.output / "report.md"
     write_page(page, faces.source, config, len(faces.names), len(faces.images), tables)

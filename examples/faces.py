@@ -17,8 +17,12 @@ import torch
 import torch.nn.functional as F
 from face_demo import plots, report
 from face_demo.aggregation_plots import plot_sizes, plot_super_classes
+from face_demo.arguments import check_at_least, check_seed, usable_device
 from face_demo.cluster_plots import plot_clusters
-from face_demo.data import DataError, FaceImages, LongTailSplit, load_faces, split_long_tail
+from face_demo.data import FaceImages, LongTailSplit, load_faces, split_long_tail
+from face_demo.ending import ended_by_sigterm, named_errors
+from face_demo.errors import DataError
+from face_demo.files import make_folder, write_text
 from face_demo.folders import any_output
 from face_demo.methods import HEAD_ONLY, METHODS, Method
 from face_demo.metrics import all_pairs, heldout_figures, unseen_figures
@@ -92,6 +96,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--methods",
+        action="extend",
         nargs="+",
         choices=others,
         metavar="METHOD",
@@ -117,11 +122,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="where the report goes (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    for name in ("seeds", "epochs", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if options.seed < 0:
-        parser.error(f"--seed must be at least 0, got {options.seed}")
+    check_at_least(parser, options, 1, ("seeds", "epochs", "threads"))
+    check_seed(parser, options.seed)
+    check_seed(parser, options.seed + options.seeds - 1)
     return options
 
 
@@ -158,7 +161,6 @@ def write_report(
     runs: dict[str, list[Run]],
 ) -> str:
     """Writes pictures, JSON, tables and page into ``folder``; returns the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
     figures = {title: [run.figures for run in own] for title, own in runs.items()}
     plots.plot_differences(figures, folder / "differences.png")
     plots.plot_long_tail(split, folder / "long_tail.png")
@@ -182,7 +184,7 @@ def write_report(
         own = runs[clustered][0]
         plot_clusters(own.clusters, own.train_features, folder / "clusters.png")
     tables = markdown_tables(figures)
-    (folder / "table.md").write_text(tables + "\n", encoding="utf-8")
+    write_text(folder / "table.md", tables + "\n")
     report.write_json(folder / "results.json", config, faces, split, methods, runs)
     report.write_page(folder / "report.md", config, faces, split, methods, runs, tables)
     write_html(folder / "report.md")
@@ -192,14 +194,18 @@ def write_report(
 def main(arguments: Sequence[str] | None = None) -> None:
     any_output()
     options = parse_arguments(arguments)
+    with named_errors(), ended_by_sigterm():
+        compare_and_report(options)
+
+
+def compare_and_report(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
+    device = usable_device(options.device)
     seeds = list(range(options.seed, options.seed + options.seeds))
-    try:
-        faces = load_faces(options.data)
-        splits = [split_long_tail(faces, seed) for seed in seeds]
-        methods, left_out = choose_methods(options.methods, splits[0])
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from None
+    faces = load_faces(options.data)
+    splits = [split_long_tail(faces, seed) for seed in seeds]
+    methods, left_out = choose_methods(options.methods, splits[0])
+    make_folder(options.output)
     if left_out:
         print(f"left out {left_out}")
     sampler = make_sampler(splits[0], len(splits[0].train_counts), options.seed)
@@ -216,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "threads": options.threads,
         "torch": torch.__version__,
     }
-    runs = compare(splits, methods, seeds, options.epochs, torch.device(options.device))
+    runs = compare(splits, methods, seeds, options.epochs, device)
     tables = write_report(options.output, config, faces, splits[0], methods, runs)
     print(f"{faces.source}, {len(seeds)} seed(s)\n\n{tables}\n\n{options.output / 'report.html'}")
 

@@ -16,21 +16,35 @@ import argparse
 import ast
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from face_demo.data import DataError
+from face_demo.arguments import check_at_least, check_finite, check_seed, usable_device
+from face_demo.ending import ended_by_sigterm, named_errors
+from face_demo.errors import DataError
+from face_demo.files import make_folder
 from face_demo.folders import any_output, printable
-from face_training.evaluation_sets import EvaluationSet, Judgement, identity_set, judge, read_sets
+from face_training.checkpoint import CHECKPOINT, read_checkpoint
+from face_training.evaluation_sets import (
+    EvaluationSet,
+    Judgement,
+    identity_set,
+    judge,
+    judgeable,
+    read_sets,
+)
 from face_training.images import Faces, load_faces, load_orl, readable
 from face_training.listing import restored, write_listing
 from face_training.options import AMP_TYPES, Options
-from face_training.recipes import RECIPES, Setting
+from face_training.recipes import RECIPES, Recipe, Setting
 from face_training.report import write_report
-from face_training.settings import adapted, describe
-from face_training.trainer import CHECKPOINT, Trainer
+from face_training.settings import adapted, describe, resumed_epochs
+from face_training.trainer import Trainer
 from torch import nn
 
 EVALUATION_BATCH = 256
@@ -48,6 +62,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--recipe", choices=RECIPES, default="arcface", help="default: %(default)s")
     add(
         "--eval",
+        action="extend",
         nargs="+",
         default=[],
         metavar="SET",
@@ -63,6 +78,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--set",
+        action="extend",
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
@@ -92,12 +108,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "any more while training")  # fmt: skip
     add("--resume", action="store_true", help="go on from the checkpoint in --output")
     options = parser.parse_args(arguments)
-    for name in ("epochs", "embedding_size", "image_size"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if options.hold_out is None:
-        options.hold_out = 0.0 if options.eval or options.data is None else 0.2
-    if not 0 <= options.hold_out < 1:
+    check_at_least(parser, options, 1, ("epochs", "embedding_size", "image_size"))
+    check_at_least(parser, options, 0, ("workers",))
+    check_finite(parser, options, ("rate", "weight_decay", "clip_norm"))
+    check_seed(parser, options.seed)
+    if options.rate == 0:
+        parser.error("--rate must be above 0, got 0")
+    if options.hold_out is not None and not 0 <= options.hold_out < 1:
         parser.error(f"--hold-out must be in [0, 1), got {options.hold_out}")
     options.output = options.output or Path("runs") / options.recipe
     try:
@@ -126,16 +143,16 @@ def parse_settings(given: Sequence[str]) -> dict[str, Setting]:
     """Of ``NAME=VALUE``: numbers, tuples of numbers, or words.
 
     Raises:
-        DataError: there is no equals sign.
+        DataError: there is no name or no equals sign.
     """
     settings: dict[str, Setting] = {}
     for each in given:
         name, equals, text = each.partition("=")
-        if not equals:
+        if not (name and equals):
             raise DataError(f"--set: expected NAME=VALUE, got {each}")
         try:
             settings[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             settings[name] = text
     return settings
 
@@ -202,37 +219,86 @@ def load_all(options: argparse.Namespace) -> tuple[Faces, list[str], list[Evalua
     return faces, skipped, sets
 
 
-def start_processes(device: str) -> torch.device:
-    """Under torchrun each process has a device of its own."""
-    if "RANK" not in os.environ:
-        return torch.device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if device.startswith("cuda"):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return torch.device(device)
+def start_processes(options: argparse.Namespace, store: dist.Store | None) -> torch.device:
+    """Where there are several, each has a device of its own.
+
+    Raises:
+        DataError: it is not there, or cannot compute as it should.
+    """
+    name = options.device
+    if store is not None and name.startswith("cuda"):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = usable_device(name, AMP_TYPES[options.amp])
+    if store is not None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    return device
 
 
-def run(options: argparse.Namespace) -> None:
-    device = start_processes(options.device)
-    leads = not dist.is_initialized() or dist.get_rank() == 0
-    checkpoint = options.output / CHECKPOINT
-    if checkpoint.exists() != options.resume:
-        raise DataError(
-            f"there is no {checkpoint} to resume from"
-            if options.resume
-            else f"{checkpoint} is there already: give --resume to go on, or another --output"
-        )
-    recipe = adapted(
-        RECIPES[options.recipe], parse_settings(options.set), options.epochs, options.rate
-    )
-    if leads:
-        options.output.mkdir(parents=True, exist_ok=True)
+def open_run(options: argparse.Namespace) -> tuple[Recipe, dict[str, Any] | None]:
+    """The recipe with its numbers, and the checkpoint to go on from, if there is one.
+
+    Raises:
+        DataError: the arguments do not suit the recipe or what is in the output folder.
+    """
+    path, recipe, epochs = options.output / CHECKPOINT, RECIPES[options.recipe], options.epochs
+    settings = parse_settings(options.set)
+    adapted(recipe, settings, epochs, options.rate)
+    check_place(options)
+    saved = None
+    if options.resume:
+        if not path.exists():
+            raise DataError(f"there is no {path} to resume from")
+        saved = read_checkpoint(path)
+    make_folder(options.output)
+    if saved is None and path.exists():
+        raise DataError(f"{path} is there already: give --resume to go on, or another --output")
+    if saved is not None and len(saved["recipe"]) == len(recipe.phases):
+        begun = [phase["epochs"] for phase in saved["recipe"]]
+        epochs = resumed_epochs(recipe, begun, saved["progress"]["phase"], epochs)
+        if sum(epochs) > sum(begun) and leads():
+            print(
+                f"extended from {sum(begun)} to {sum(epochs)} epochs; learning rates are from now "
+                f"on those of a run that was begun with so many"
+            )
+    if options.hold_out is None:
+        default = 0.0 if options.eval or options.data is None else 0.2
+        kept = {} if saved is None else saved["options"]
+        options.hold_out = kept.get("hold_out", default)
+    return adapted(recipe, settings, epochs, options.rate), saved
+
+
+def check_place(options: argparse.Namespace) -> None:
+    """The next start would take an output among identities' folders for one of them.
+
+    Raises:
+        DataError: it is there.
+    """
+    output = options.output.resolve()
+    for folder in map(Path, (*([options.data] if options.data else []), *options.eval)):
+        inside = folder.resolve() in (output, *output.parents)
+        if inside and folder.is_dir() and not (folder / "train.rec").is_file():
+            raise DataError(f"--output {options.output} must not lie in {folder}, with images")
+
+
+def leads() -> bool:
+    """This is the process that reports."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def run(options: argparse.Namespace, store: dist.Store | None) -> None:
+    device = start_processes(options, store)
+    recipe, saved = open_run(options)
+    if leads():
         faces, skipped, sets = load_all(options)
     if dist.is_initialized():
         dist.barrier()
-        if not leads:
+        if not leads():
             faces, skipped, sets = load_all(options)
+    sets = [judgeable(each) for each in sets]
     chosen = Options(**{each.name: getattr(options, each.name) for each in fields(Options)})
 
     judged: dict[str, Judgement] = {}
@@ -242,8 +308,8 @@ def run(options: argparse.Namespace) -> None:
             judged[each.name] = judge(network, each, EVALUATION_BATCH, options.workers)
         return {name: each.figures for name, each in judged.items()}
 
-    trainer = Trainer(faces, recipe, chosen, options.output, device, judge_all)
-    if leads:
+    trainer = Trainer(faces, recipe, chosen, options.output, device, judge_all, saved)
+    if leads():
         judges = [
             f"{each.name} ({each.skipped} unreadable)" if each.skipped else each.name
             for each in sets
@@ -252,8 +318,8 @@ def run(options: argparse.Namespace) -> None:
             f"{len(faces)} images of {len(faces.names)} identities, {len(skipped)} unreadable "
             f"image(s) left out; evaluation on {', '.join(judges) or 'nothing'}"
         )
-    progress = trainer.train(options.resume)
-    if leads:
+    progress = trainer.train()
+    if leads():
         if not judged:
             judge_all(trainer.network)
         source = "the ORL faces" if options.data is None else printable(str(options.data))
@@ -273,13 +339,29 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     any_output()
+    # Under torchrun all processes have the same arguments: what is wrong with them is said once.
+    with redirect_stderr(StringIO()) if os.environ.get("RANK", "0") != "0" else nullcontext():
+        options = parse_arguments(arguments)
+    if "RANK" not in os.environ:
+        with named_errors(), ended_by_sigterm():
+            run(options, None)
+        return
     try:
-        run(parse_arguments(arguments))
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        store = next(dist.rendezvous("env://"))[0]
+    except ValueError as error:
+        raise SystemExit(f"error: RANK is set, but not all that torchrun sets: {error}") from None
+    with named_errors(lambda: first_to_fail(store)):
+        run(options, store)
+        dist.destroy_process_group()
+
+
+def first_to_fail(store: dist.Store) -> bool:
+    """Of all processes; the others fail because it did, or as it did."""
+    try:
+        return store.add("failed", 1) == 1
+    except RuntimeError:
+        # It lives in a process that has ended.
+        return False
 
 
 if __name__ == "__main__":

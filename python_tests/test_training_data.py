@@ -271,8 +271,13 @@ def test_networks_of_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def module(name: str, function: str) -> types.ModuleType:
+        def make(*names: str, **options: object) -> torch.nn.Module:
+            calls.append((names, options))
+            pooled = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+            return pooled.append(torch.nn.Linear(3, options["num_classes"]))
+
         made = types.ModuleType(name)
-        setattr(made, function, lambda *names, **options: calls.append((names, options)))
+        setattr(made, function, make)
         return made
 
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -14,23 +15,30 @@ from face_demo import folders  # noqa: E402
 from face_demo.data import DataError  # noqa: E402
 from face_training import (
     backbones,
+    checkpoint,
+    divergence,
     evaluation_sets,
     images,
     listing,
     pair_files,
     recipes,
     recordio,
+    report,
     sampling,
     scans,
     settings,
     sources,
     trainer,
 )  # noqa: E402
+from face_training.checkpoint import CHECKPOINT  # noqa: E402
 
 __all__ = [
+    "CHECKPOINT",
     "DataError",
     "backbones",
+    "checkpoint",
     "demo_data",
+    "divergence",
     "evaluation_sets",
     "folders",
     "images",
@@ -38,6 +46,7 @@ __all__ = [
     "pair_files",
     "recipes",
     "recordio",
+    "report",
     "sampling",
     "scans",
     "settings",
@@ -58,6 +67,12 @@ SETTINGS = {
     "clmle": ["batch_size=32", "clusters_per_batch=6", "samples_per_cluster=4", "cluster_size=4"],
     "lmle": ["batch_size=32", "clusters_per_batch=6", "samples_per_cluster=4", "cluster_size=4"],
 }
+
+
+def shrink_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One narrow block a stage."""
+    monkeypatch.setitem(backbones._IRESNETS, "iresnet18", (1, 1, 1, 1))
+    monkeypatch.setattr(backbones, "_WIDTHS", (8, 8, 16, 16))
 
 
 def arguments(recipe: str, output: Path, *more: str) -> list[str]:

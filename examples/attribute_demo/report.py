@@ -8,6 +8,7 @@ from statistics import fmean
 
 import matplotlib as mpl
 import numpy as np
+from face_demo.files import save, write_text
 from face_demo.plots import METHOD_COLOURS, STYLE
 from face_demo.tables import cell, table
 from matplotlib.figure import Figure
@@ -51,13 +52,14 @@ def plot(attributes: Attributes, accuracies: Accuracies, path: Path) -> None:
         axes.set_ylim(40, 100)
         axes.set_ylabel("balanced accuracy, %")
         figure.legend(loc="outside upper center", ncols=len(accuracies))
-        figure.savefig(path)
+        save(figure, path)
 
 
 def write_page(
     path: Path, source: str, config: Mapping[str, int], people: int, images: int, tables: str
 ) -> None:
-    path.write_text(
+    write_text(
+        path,
         f"""# Imbalanced attributes of faces
 
 {images} images of {people} people: {source}. The attributes are our own judgement by eye:
@@ -80,5 +82,4 @@ All have {config["steps"]} steps of as many images and the same augmentation.
 
 People are few: four are bald, and four are women. Differences of a few points are chance.
 """,
-        encoding="utf-8",
     )

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from facelt_ext.aggregation import SuperClasses
 
 from .data import LongTailSplit
+from .files import save
 from .plots import STYLE
 
 MAX_ROWS = 12
@@ -38,7 +39,7 @@ def plot_super_classes(super_classes: SuperClasses, split: LongTailSplit, path: 
             _describe(title, super_classes, number, labels, split)
             for axes, label in zip(faces, labels, strict=False):
                 _show_face(axes, label, split)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _describe(
@@ -73,4 +74,4 @@ def plot_sizes(super_classes: SuperClasses, path: Path) -> None:
         figure = Figure(figsize=(6, 3.4))
         axes = super_classes.plot_sizes(figure.add_subplot())
         axes.grid(axis="x", visible=False)
-        figure.savefig(path)
+        save(figure, path)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from facelt_ext.clusters import ClusterIndex
 
+from .files import save
 from .plots import STYLE
 
 
@@ -40,4 +41,4 @@ def plot_clusters(clusters: ClusterIndex, features: Tensor, path: Path) -> None:
         axes.scatter(*images.T, c=colours, s=42, edgecolors="white", linewidths=0.5, zorder=2)
         axes.scatter(*middles.T, c="black", s=26, marker="x", linewidths=1.3, zorder=3)
         axes.set(xticks=[], yticks=[])
-        figure.savefig(path)
+        save(figure, path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import markdown
+
+from .files import write_text
 
 _STYLE = """\
 :root { color-scheme: light dark; }
@@ -21,19 +24,28 @@ td { white-space: nowrap; }
 th { text-align: left; border-bottom-width: 2px; vertical-align: bottom; }
 tbody tr:hover { background: #8881; }
 code { font-size: .9em; }
+pre { overflow-x: auto; line-height: 1.35; }
 """
+# What means something in Markdown or HTML; an underscore does not between letters.
+_SPECIAL = re.compile(r"[\\`*\[\]#|<>]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
+
+
+def literal(text: str) -> str:
+    """A name or other text that stands for itself in Markdown."""
+    return _SPECIAL.sub(lambda found: f"&#{ord(found[0])};", text)
 
 
 def write_html(page: Path) -> Path:
     """Writes the page as HTML beside itself, pictures by the same links; returns its path."""
     text = page.read_text(encoding="utf-8")
-    body = markdown.markdown(text, extensions=["tables", "sane_lists"])
+    body = markdown.markdown(text, extensions=["tables", "sane_lists", "fenced_code"])
     body = body.replace("<table>", '<div class="table"><table>').replace(
         "</table>", "</table></div>"
     )
     title = text.splitlines()[0].lstrip("# ")
     path = page.with_suffix(".html")
-    path.write_text(
+    write_text(
+        path,
         f"""\
 <!doctype html>
 <html lang="en">
@@ -49,6 +61,5 @@ def write_html(page: Path) -> Path:
 </body>
 </html>
 """,
-        encoding="utf-8",
     )
     return path

@@ -18,6 +18,7 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from .data import LongTailSplit
+from .files import save
 from .metrics import FALSE_ACCEPT_RATE, Pairs
 from .tables import METRICS, Figures, differences
 
@@ -67,7 +68,7 @@ def plot_long_tail(split: LongTailSplit, path: Path) -> None:
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="x", visible=False)
         figure.legend(loc="outside upper center", ncols=3)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def plot_differences(figures: Mapping[str, Sequence[Figures]], path: Path) -> None:
@@ -97,7 +98,7 @@ def plot_differences(figures: Mapping[str, Sequence[Figures]], path: Path) -> No
             axes.label_outer()
             axes.tick_params(labelbottom=True)
         figure.supxlabel(f"difference from {baseline}, percentage points")
-        figure.savefig(path)
+        save(figure, path)
 
 
 def plot_training(histories: Mapping[str, Sequence[dict[str, list[float]]]], path: Path) -> None:
@@ -122,7 +123,7 @@ def plot_training(histories: Mapping[str, Sequence[dict[str, list[float]]]], pat
         panels[0].set_yscale("log")
         _legend_beside(figure, panels[0])
         panels[1].set_ylim(bottom=0)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def plot_roc(pairs: Mapping[str, Sequence[Pairs]], path: Path) -> None:
@@ -148,7 +149,7 @@ def plot_roc(pairs: Mapping[str, Sequence[Pairs]], path: Path) -> None:
         axes.set_xlabel("false accept rate")
         axes.set_ylabel("true accept rate")
         _legend_beside(figure, axes)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _true_accept_rates(scored: Pairs, rates: np.ndarray) -> np.ndarray:
@@ -206,7 +207,7 @@ def plot_indicators(indicators: Tensor, split: LongTailSplit, path: Path) -> Non
         mappable = ScalarMappable(scale, colours)
         whole = MaxNLocator(integer=True)
         chart.colorbar(mappable, ax=axes, label="training images", ticks=whole, pad=0.01)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _show_extremes(figure: SubFigure, order: Sequence[int], split: LongTailSplit) -> None:
@@ -247,4 +248,4 @@ def plot_embeddings(features: Mapping[str, Tensor], labels: Tensor, path: Path) 
             axes.set(xticks=[], yticks=[])
         for unused in panels[len(features) :]:
             unused.set_axis_off()
-        figure.savefig(path)
+        save(figure, path)

@@ -16,8 +16,10 @@ from facelt_ext.clusters import ClusterIndex
 
 from . import aggregation_report
 from .data import FaceImages, LongTailSplit
+from .files import write_text
 from .methods import Method
 from .metrics import Pairs
+from .page import literal
 from .tables import METRICS, Figures, differences, summarise, table
 
 EXPLANATION = """\
@@ -115,7 +117,7 @@ def write_json(
             for title, own in runs.items()
         },
     }
-    path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
 def _describe_run(seed: int, run: Run) -> dict:
@@ -161,11 +163,12 @@ def write_page(
     figures = {title: [run.figures for run in own] for title, own in runs.items()}
     super_classes = first_super_classes(runs)
     about_tail = aggregation_report.section(split.minimums, methods, figures, super_classes)
-    path.write_text(
+    write_text(
+        path,
         f"""\
 # Losses on long-tailed faces
 
-Images: {faces.source}.
+Images: {literal(faces.source)}.
 {skipped}
 A small CNN was trained on {len(split.train_labels)} images of {data["training_identities"]} \
 identities with each of {len(methods)} method(s), for each of {len(config["seeds"])} seed(s).
@@ -220,7 +223,6 @@ t-SNE of seed {config["seeds"][0]}; a colour is an identity.
 
 ![t-SNE of the features](embeddings.png)
 """,
-        encoding="utf-8",
     )
 
 

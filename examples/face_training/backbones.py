@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from face_demo.data import DataError
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from face_demo.errors import DataError
 from torch import Tensor, nn
 
 from facelt_ext import ResidualBalancingModule
@@ -105,20 +110,52 @@ def make_backbone(name: str, embedding_size: int, image_size: int) -> nn.Module:
             ``torchvision/resnet50``, or of timm, as ``timm/resnet50``.
 
     Raises:
-        DataError: there is no such network; it cannot take such images.
-        ImportError: torchvision or timm is not installed.
+        DataError: there is no such network, or its library is not installed; it cannot take such
+            images.
     """
     if name in _IRESNETS:
         return IResNet(_IRESNETS[name], embedding_size, image_size)
     library, _, model = name.partition("/")
-    if library == "torchvision" and model:
+    if library not in ("torchvision", "timm") or not model:
+        raise DataError(
+            f"--backbone: expected {', '.join(_IRESNETS)}, torchvision/NAME or timm/NAME, got "
+            f"{name!r}"
+        )
+    try:
+        make = _maker(library)
+    except Exception as error:  # A library that does not go with this PyTorch raises any kind.
+        raise DataError(
+            f"--backbone {name}: {library} cannot be imported ({error}): pip install {library}"
+        ) from error
+    try:
+        backbone = make(model, num_classes=embedding_size)
+        _try(backbone, embedding_size, image_size)
+    except Exception as error:  # So do models.
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"--backbone {name}, images of {image_size} pixels: {reason}") from error
+    return backbone
+
+
+def _maker(library: str) -> Callable[..., nn.Module]:
+    if library == "torchvision":
         from torchvision.models import get_model
 
-        return get_model(model, weights=None, num_classes=embedding_size)
-    if library == "timm" and model:
-        from timm import create_model
+        return partial(get_model, weights=None)
+    from timm import create_model
 
-        return create_model(model, pretrained=False, num_classes=embedding_size)
-    raise DataError(
-        f"--backbone: expected {', '.join(_IRESNETS)}, torchvision/NAME or timm/NAME, got {name!r}"
-    )
+    return partial(create_model, pretrained=False)
+
+
+def _try(backbone: nn.Module, embedding_size: int, image_size: int) -> None:
+    """Nothing of the backbone or of random numbers changes by it."""
+    with torch.random.fork_rng(), torch.no_grad():
+        images = torch.zeros(2, 3, image_size, image_size)
+        features = copy.deepcopy(backbone).train()(images)
+    if not isinstance(features, Tensor):
+        raise ValueError(f"expected features, got a {type(features).__name__}")
+    if features.shape != (2, embedding_size):
+        raise ValueError(f"expected features [2, {embedding_size}], got {list(features.shape)}")
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    return any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in network.modules())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -173,26 +173,43 @@ def _some(pairs: evaluation.IndexPairs, chosen: Tensor) -> evaluation.IndexPairs
     return evaluation.IndexPairs(*(part[chosen] for part in pairs))
 
 
+def judgeable(chosen: EvaluationSet) -> EvaluationSet:
+    """The set in a form that `judge` can take: pairs of one fold come into ten, as without folds.
+
+    Raises:
+        DataError: it cannot be judged.
+    """
+    pairs = chosen.pairs
+    if len(pairs.folds.unique()) < 2:
+        pairs = pairs._replace(folds=consecutive_folds(len(pairs.same), 10))
+    try:
+        _pair_figures(torch.rand(len(pairs.same), generator=torch.Generator()), pairs)
+        if chosen.identities:
+            evaluation.random_trials(chosen.faces.labels)
+    except ValueError as error:
+        raise DataError(f"evaluation set {chosen.name}: {error}") from error
+    return replace(chosen, pairs=pairs)
+
+
 def judge(model: nn.Module, chosen: EvaluationSet, batch_size: int, workers: int) -> Judgement:
     """Embeds the images, mirror images added, and verifies and identifies them.
 
     For sets of identities: the verification rate over all pairs, and the mean rank-1 rate and DIR
     of ten random galleries of half of the identities. Rates at false accept rates that fewer than
     one impostor reaches are left out.
+
+    Raises:
+        DataError: features are not finite.
     """
     loader = DataLoader(chosen.faces, batch_size, num_workers=workers)
-    features, labels = evaluation.embed(model, loader, flip=True, progress=False)
+    try:
+        features, labels = evaluation.embed(model, loader, flip=True, progress=False)
+    except ValueError as error:
+        raise DataError(f"evaluation set {chosen.name}: {error}") from error
     seen = ~chosen.faces.missing()
     pairs = _some(chosen.pairs, seen[chosen.pairs.first] & seen[chosen.pairs.second])
     scores = evaluation.pair_scores(features, pairs.first, pairs.second)
-    folds = evaluation.fold_accuracy(scores, pairs.same, pairs.folds)
-    curve = evaluation.roc(scores, pairs.same)
-    figures = {
-        "accuracy": folds.mean,
-        "accuracy std": folds.std,
-        "equal error rate": curve.equal_error_rate,
-        "AUC": curve.auc,
-    }
+    figures, curve = _pair_figures(scores, pairs)
     if chosen.identities:
         features, labels = features[seen], labels[seen]
         sizes = labels.bincount()
@@ -205,6 +222,20 @@ def judge(model: nn.Module, chosen: EvaluationSet, batch_size: int, workers: int
         fars = _reached(int((~pairs.same).sum()))
         figures |= _rates("TAR", fars, evaluation.tar_at_far(scores, pairs.same, fars).tar)
     return Judgement(figures, curve)
+
+
+def _pair_figures(
+    scores: Tensor, pairs: evaluation.IndexPairs
+) -> tuple[dict[str, float], evaluation.ROC]:
+    folds = evaluation.fold_accuracy(scores, pairs.same, pairs.folds)
+    curve = evaluation.roc(scores, pairs.same)
+    figures = {
+        "accuracy": folds.mean,
+        "accuracy std": folds.std,
+        "equal error rate": curve.equal_error_rate,
+        "AUC": curve.auc,
+    }
+    return figures, curve
 
 
 def _search(features: Tensor, labels: Tensor) -> dict[str, float]:

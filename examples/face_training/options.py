@@ -1,4 +1,4 @@
-"""How to train, apart from the recipe, and how far a training is."""
+"""How to train, apart from the recipe's numbers, and how far a training is."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Options:
-    """How to train, apart from the recipe.
+    """How to train, apart from the recipe's numbers.
 
     Attributes:
+        recipe: its name.
+        hold_out: share of the identities that are not trained on but evaluated on.
         backbone: of `make_backbone`.
         embedding_size, image_size: dimensions of the features; height and width of the images.
         schedule: "step", a tenth after each of a phase's milestones, or "cosine", to 0.
@@ -23,6 +25,8 @@ class Options:
         workers: processes that load images.
     """
 
+    recipe: str = "arcface"
+    hold_out: float = 0.0
     backbone: str = "iresnet18"
     embedding_size: int = 512
     image_size: int = 112

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from face_demo.page import write_html
+from face_demo.files import save, write_text
+from face_demo.page import literal, write_html
 from matplotlib.figure import Figure
 
 from facelt_ext import evaluation
 
+from .checkpoint import CHECKPOINT
 from .evaluation_sets import Judgement
 from .images import Faces
 from .options import Options, Progress
 from .recipes import Recipe
 from .settings import describe
-from .trainer import CHECKPOINT
 
 
 def write_report(
@@ -34,11 +35,11 @@ def write_report(
     pictures = ["![loss and learning rate](loss.png)"]
     if judged:
         axes = evaluation.plot_roc({name: each.roc for name, each in judged.items()})
-        axes.figure.savefig(folder / "roc.png")
+        save(axes.figure, folder / "roc.png")
         pictures.append("![ROC](roc.png)")
     counts = faces.counts()
     page = f"""\
-# {title} on {source}
+# {title} on {literal(source)}
 
 {recipe.source}
 
@@ -54,13 +55,13 @@ The network and all else are in `{CHECKPOINT}`; curves over the steps are in Ten
 
 | setting | value |
 |---|---|
-{chr(10).join(f"| {name} | {value} |" for name, value in vars(options).items())}
+{chr(10).join(f"| {name} | {literal(str(value))} |" for name, value in vars(options).items())}
 """
-    names = "".join(f"- `{name}`\n" for name in skipped[:100])
+    names = "".join(f"- {literal(name)}\n" for name in skipped[:100])
     if skipped:
         page += f"\nUnreadable images{' (the first 100)' if len(skipped) > 100 else ''}:\n\n{names}"
     path = folder / "report.md"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return write_html(path)
 
 
@@ -68,7 +69,10 @@ def _figures(judged: Mapping[str, Judgement]) -> str:
     if not judged:
         return "Nothing was evaluated."
     names = list(dict.fromkeys(name for each in judged.values() for name in each.figures))
-    lines = [f"| in per cent | {' | '.join(judged)} |", f"|---|{'---:|' * len(judged)}"]
+    lines = [
+        f"| in per cent | {' | '.join(map(literal, judged))} |",
+        f"|---|{'---:|' * len(judged)}",
+    ]
     for name in names:
         values = [each.figures.get(name) for each in judged.values()]
         shown = ["–" if value is None else f"{100 * value:.2f}" for value in values]
@@ -120,4 +124,4 @@ def _plot_loss(recipe: Recipe, progress: Progress, path: Path) -> None:
     rate.xaxis.get_major_locator().set_params(integer=True)
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
-    figure.savefig(path)
+    save(figure, path)

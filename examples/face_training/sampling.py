@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from face_demo.data import DataError
+from face_demo.errors import DataError
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
@@ -35,9 +35,12 @@ class RandomBatches:
             yield batch.tolist()
 
 
+Batches = RandomBatches | PKSampler | ClusterBatchSampler
+
+
 def make_batches(
     settings: dict[str, int], labels: Tensor, ranks: int, rank: int, seed: int
-) -> tuple[RandomBatches | PKSampler | ClusterBatchSampler, ClusterIndex | None]:
+) -> tuple[Batches, ClusterIndex | None]:
     """The sampler of a phase, and its clusters if it has any.
 
     A batch has no more identities or clusters than there are.
@@ -47,8 +50,23 @@ def make_batches(
         labels: int64 ``[N]`` of the images that the phase sees.
 
     Raises:
-        DataError: the images make no batch.
+        DataError: the images make no batch; a setting is out of range.
     """
+    for name, value in settings.items():
+        if value < 1:
+            raise DataError(f"--set {name}: expected at least 1, got {value}")
+    try:
+        batches, clusters = _batches(settings, labels, ranks, rank, seed)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"--set {error}") from error
+    if len(batches) == 0:
+        raise DataError(f"{len(labels)} images make no batch")
+    return batches, clusters
+
+
+def _batches(
+    settings: dict[str, int], labels: Tensor, ranks: int, rank: int, seed: int
+) -> tuple[Batches, ClusterIndex | None]:
     options = {"num_replicas": ranks, "rank": rank, "seed": seed}
     if "batch_size" in settings:
         return RandomBatches(len(labels), settings["batch_size"], ranks, rank, seed), None
@@ -65,6 +83,14 @@ def make_batches(
         **options,
     )
     return sampler, clusters
+
+
+def images_per_batch(batches: Batches) -> int:
+    if isinstance(batches, PKSampler):
+        return batches.classes_per_batch * batches.samples_per_class
+    if isinstance(batches, ClusterBatchSampler):
+        return batches.clusters_per_batch * batches.samples_per_cluster
+    return batches.batch_size
 
 
 def refresh_epochs(settings: dict[str, int], batches: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from face_demo.errors import DataError
+from face_demo.files import write_text
 from face_demo.folders import printable, say
 from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
@@ -52,7 +53,7 @@ def readable(images: Images, size: int, cache: Path, threads: int) -> tuple[Tens
     for number in wrong:
         say(f"cannot read {images.name(number)}: {problems[number]}")
     found = {key: each for key, each in zip(keys, problems, strict=True) if key is not None}
-    if found != kept:
+    if leads and found != kept:
         _write(cache, found)
     good = torch.tensor([not each for each in problems], dtype=torch.bool)
     return good.nonzero()[:, 0], [printable(images.name(number)) for number in wrong]
@@ -109,18 +110,13 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Beside it first, so that a run that is killed leaves the one before.
+    """Writes or replaces a file and makes its folder.
 
     Raises:
-        DataError: the file cannot be written.
+        DataError: it cannot be written.
     """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_text(json.dumps(content), encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from error
+        raise DataError(f"{path.parent}: {error.strerror}") from error
+    write_text(path, json.dumps(content))
