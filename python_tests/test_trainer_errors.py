@@ -433,7 +433,12 @@ def test_signals_end_a_run(
     before = signal.getsignal(signal.SIGTERM)
     in_step_five(monkeypatch, lambda: os.kill(os.getpid(), number))
     given = of(data, tmp_path / "run", "--set", "batch_size=8")
-    assert end(train_faces, given, capsys) == (code, said)
+    # A shell starts what runs in the background with SIGINT ignored.
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert end(train_faces, given, capsys) == (code, said)
+    finally:
+        signal.signal(signal.SIGINT, interrupts)
     assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["progress"]["epoch"] == 1
     assert signal.getsignal(signal.SIGTERM) is before
 
