@@ -233,6 +233,10 @@ def test_random_trials() -> None:
             "labels: expected an identity with at least two images",
         ),
         (
+            lambda: evaluation.distractor_ranks(at(0)[:0], torch.arange(0), at(5)),
+            "labels: expected an identity with at least two images",
+        ),
+        (
             lambda: evaluation.distractor_ranks(at(0, 1), torch.zeros(2).int(), torch.eye(3)),
             "distractors: expected 2 dimensions, got 3",
         ),

@@ -116,6 +116,8 @@ def distractor_ranks(features: Array, labels: Array, distractors: Array) -> Tens
     tie = tie_width(features, _check_distractors(distractors, features))
     order = labels.argsort(stable=True)
     sizes = labels.unique(return_counts=True)[1].cpu()
+    if not (sizes > 1).any():
+        raise ValueError("labels: expected an identity with at least two images, got none")
     probe, mate = [], []
     for members in order.split(sizes.tolist()):
         one, other = torch.meshgrid(members, members, indexing="ij")
@@ -123,8 +125,6 @@ def distractor_ranks(features: Array, labels: Array, distractors: Array) -> Tens
         probe.append(one[different])
         mate.append(other[different])
     probe, mate = torch.cat(probe), torch.cat(mate)
-    if len(probe) == 0:
-        raise ValueError("labels: expected an identity with at least two images, got none")
     order = (probe * len(labels) + mate).argsort()
     probe, mate = probe[order], mate[order]
     limits = exact_cosines(features, features, probe, mate) - tie
