@@ -66,6 +66,16 @@ namespace facelt::FACELT_CUDA_NAMESPACE {
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kWarp = 32;
 
+// Neighbouring numbers that are read or written at once.
+template <class T, int kItems>
+struct alignas(kItems * sizeof(T)) Pack {
+  T items[kItems];
+};
+
+// As many as 16 bytes have.
+template <class T>
+constexpr int kWide = 16 / sizeof(T);
+
 inline stream_t stream_of(Execution execution) {
   return reinterpret_cast<stream_t>(execution.stream_or_threads);
 }

@@ -6,15 +6,6 @@ namespace {
 
 constexpr int kLanes = 8;  // members that a block adds up side by side
 
-// Neighbouring numbers that are read or written at once.
-template <class T, int kItems>
-struct alignas(kItems * sizeof(T)) Pack {
-  T items[kItems];
-};
-
-template <class T>
-constexpr int kWide = 16 / sizeof(T);
-
 // A block takes kWarp * kItems columns of one super class; each of its warps adds every kLanes-th
 // member.
 template <class W, class P, int kItems>
