@@ -58,12 +58,6 @@ __global__ void shares_kernel(const T* grad_means, const std::int64_t* super_cla
   }
 }
 
-template <int kItems, class T>
-bool aligned(const T* address, std::int64_t dimensions) {
-  return dimensions % kItems == 0 &&
-         reinterpret_cast<std::uintptr_t>(address) % (kItems * sizeof(T)) == 0;
-}
-
 }  // namespace
 
 void super_class_mean_forward(const TensorView& weight, const TensorView& order,
