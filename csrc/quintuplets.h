@@ -41,7 +41,9 @@ FACELT_HOST_DEVICE void offer(bool same_class, bool same_cluster, const Candidat
                               Candidate<A>* found) {
   if (!same_class) return offer(kOtherNearest, candidate, found);
   offer(kClassFarthest, candidate, found);
-  offer(same_cluster ? kClusterFarthest : kClassNearest, candidate, found);
+  // Indices that the compiler knows keep `found` in registers.
+  if (same_cluster) return offer(kClusterFarthest, candidate, found);
+  offer(kClassNearest, candidate, found);
 }
 
 // The loss of an anchor, and its slopes by the distances of its neighbors.

@@ -9,6 +9,7 @@
 #include "tensor_view.h"
 
 #if defined(__CUDACC__)
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FACELT_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -101,11 +102,15 @@ FACELT_HOST_DEVICE double narrow<double>(double value) {
 }
 template <>
 FACELT_HOST_DEVICE BFloat16 narrow<BFloat16>(float value) {
+#if defined(__CUDA_ARCH__)
+  return BFloat16{__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#else
   const std::uint32_t bits = detail::bits_of_float(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {
     return BFloat16{static_cast<std::uint16_t>((bits >> 16) | 0x40u)};
   }
   return BFloat16{static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
 }
 template <>
 FACELT_HOST_DEVICE Float16 narrow<Float16>(float value) {

@@ -15,6 +15,7 @@ __global__ void centroids_kernel(Centroids<T> c) {
   using A = Compute<T>;
   FACELT_SHARED(A, sums, kLanes * kColumns);
   const std::int64_t s = blockIdx.x;
+  if (!c.pad && s >= *c.num_classes) return;
   const int column = threadIdx.x % kColumns, lane = threadIdx.x / kColumns;
   const std::int64_t d = static_cast<std::int64_t>(blockIdx.y) * kColumns + column;
   const std::int64_t begin = c.offsets[lesser(s, c.batch)];
@@ -33,30 +34,23 @@ __global__ void centroids_kernel(Centroids<T> c) {
   if (threadIdx.x == 0 && blockIdx.y == 0 && s < c.rows) c.counts[s] = end - begin;
 }
 
-template <class A>
-__device__ bool tile_is_finite(const CenterTiles<A>& t, std::int64_t begin, std::int64_t rows) {
-  bool finite = true;
-  const std::int64_t size = lesser(kTile, rows - begin) * t.dimensions;
-  for (std::int64_t e = threadIdx.x; e < size; e += kTileThreads) {
-    const bool live = t.counts[begin + e / t.dimensions] > 0;
-    finite &= !live || is_finite(t.centroids[begin * t.dimensions + e]);
-  }
-  return finite;
-}
-
 // Block (x, y) takes row x of tiles and, from the diagonal on, each kColumnBlocks-th tile.
 template <class A>
 __global__ void center_tiles_kernel(CenterTiles<A> t) {
   const std::int64_t rows = t.num_rows ? lesser(*t.num_rows, t.rows) : t.rows;
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kTile;
   Candidate<A> best{A(0), kNoPair};
-  if (blockIdx.y == 0 && i < rows && !tile_is_finite(t, i, rows)) best.pair = kNotFinite;
   for (std::int64_t j = i + blockIdx.y * kTile; j < rows; j += kColumnBlocks * kTile) {
     const A* distances = distance_tile(t.centroids, t.dimensions,
                                        static_cast<const std::int64_t*>(nullptr), rows, i, j);
     for (int e = threadIdx.x; e < kTile * kTile; e += kTileThreads) {
       const std::int64_t a = i + e / kTile, b = j + e % kTile;
-      if (a >= b || b >= rows || t.counts[a] <= 0 || t.counts[b] <= 0) continue;
+      if (a > b || b >= rows || t.counts[a] <= 0 || t.counts[b] <= 0) continue;
+      if (a == b) {
+        // The distance of a row to itself is 0, or NaN if it is not finite.
+        if (distances[e] != A(0)) best.pair = kNotFinite;
+        continue;
+      }
       const Candidate<A> candidate{distances[e], a * t.rows + b};
       if (is_nearer(candidate, best)) best = candidate;
     }
@@ -169,7 +163,7 @@ void class_centroids_forward(const TensorView& features, const TensorView& order
             pointer<const std::int64_t>(num_classes, "num_classes", kIndex, 1, device), batch,
             dimensions, rows,
             pointer<A>(centroids, "centroids", Scalar<A>::kType, rows * dimensions, device),
-            pointer<std::int64_t>(counts, "counts", kIndex, rows, device)},
+            pointer<std::int64_t>(counts, "counts", kIndex, rows, device), true},
         stream_of(execution));
   });
 }

@@ -17,6 +17,7 @@ struct Centroids {
   std::int64_t batch, dimensions, rows;
   Compute<T>* centroids;
   std::int64_t* counts;
+  bool pad;  // with rows of 0 beyond the classes, which are not written otherwise
 };
 
 // NaN everywhere if there are more classes than rows.
@@ -24,7 +25,7 @@ template <class T>
 void launch_centroids(const Centroids<T>& c, stream_t stream);
 
 // The smallest squared distance of pairs of rows with count > 0, as one candidate a block; the pair
-// is a * rows + b. Rows beyond *num_rows, where given, have count 0.
+// is a * rows + b. Rows beyond *num_rows, where given, are not read.
 template <class A>
 struct CenterTiles {
   const A* centroids;

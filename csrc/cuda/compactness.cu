@@ -147,6 +147,8 @@ __global__ void select_kernel(SelectTask<P> task) {
       any |= wanted[item];
     }
     if (!__syncthreads_or(any)) continue;
+    // Numbers that are indexed at run time would leave the registers.
+#pragma unroll
     for (int item = 0; item < kItems; ++item) {
       if (count + kThreads > task.capacity) {
         threshold = keep_largest(counts, kept, count, task.k);

@@ -54,8 +54,26 @@ __device__ __forceinline__ V load_vector(const T* address) {
 
 template <class V, class T>
 __device__ __forceinline__ void store_vector(T* address, const V& value) {
-  *reinterpret_cast<V*>(address) = value;
+  if constexpr (sizeof(V) == sizeof(int4)) {
+    // The compiler makes several stores of an assignment.
+    int4 words;
+    memcpy(&words, &value, sizeof words);
+    asm volatile(
+        "st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
+        "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+        : "memory");
+  } else {
+    *reinterpret_cast<V*>(address) = value;
+  }
 }
+
+// 2^x; 0 where a float would be subnormal.
+__device__ __forceinline__ float power_of_2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ double power_of_2(double x) { return exp2(x); }
 
 }  // namespace facelt
 
@@ -65,6 +83,23 @@ namespace facelt::FACELT_CUDA_NAMESPACE {
 
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kWarp = 32;
+
+// Neighbouring numbers that are read or written at once.
+template <class T, int kItems>
+struct alignas(kItems * sizeof(T)) Pack {
+  T items[kItems];
+};
+
+// As many as 16 bytes have.
+template <class T>
+constexpr int kWide = 16 / sizeof(T);
+
+// Whether rows of so many numbers can be read in packs.
+template <int kItems, class T>
+bool aligned(const T* address, std::int64_t columns) {
+  return columns % kItems == 0 &&
+         reinterpret_cast<std::uintptr_t>(address) % (kItems * sizeof(T)) == 0;
+}
 
 inline stream_t stream_of(Execution execution) {
   return reinterpret_cast<stream_t>(execution.stream_or_threads);

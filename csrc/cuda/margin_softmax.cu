@@ -10,7 +10,11 @@ constexpr int kThreads = 64;
 constexpr int kThreads = 512;
 #endif
 constexpr int kThreadWarps = kThreads / kWarp;
-constexpr int kItems = 4;  // columns that a thread takes at a time
+// Packs of neighbouring columns that a thread takes at a time.
+template <int kItems>
+constexpr int kPacks = kItems == 1 ? 4 : 2;
+template <int kItems>
+constexpr int kBlockColumns = kThreads * kPacks<kItems> * kItems;
 
 template <class T, class W>
 struct TargetTask {
@@ -73,21 +77,50 @@ template <class P>
 struct Chunk {
   using A = Compute<P>;
   const P* products;
-  const A* column_scales;
+  const A* column_scales;  // null for 1
   const std::int64_t* labels;
   const A* targets;
   A scale;
   std::int64_t first_class, batch, columns;
 
-  __device__ A column_scale(std::int64_t j) const {
-    return column_scales ? column_scales[j] : A(1);
-  }
-
-  __device__ A logit(std::int64_t i, std::int64_t j) const {
-    if (labels[i] - first_class == j) return targets[i];
-    return scale * (widen(products[i * columns + j]) * column_scale(j));
+  // Of `items` columns from j on, the one that sample i's class has, or -1.
+  __device__ int target_item(std::int64_t i, std::int64_t j, int items) const {
+    const std::int64_t item = labels[i] - first_class - j;
+    return item >= 0 && item < items ? static_cast<int>(item) : -1;
   }
 };
+
+// Some neighbouring columns of a sample, whose logits are read as if none were its target.
+template <class A, int kItems>
+struct Columns {
+  A logits[kItems];
+  A scales[kItems];
+
+  template <class P>
+  __device__ Columns(const Chunk<P>& chunk, std::int64_t i, std::int64_t j) {
+    const auto products = load_vector<Pack<P, kItems>>(chunk.products + i * chunk.columns + j);
+    constexpr int kPart = kItems < kWide<A> ? kItems : kWide<A>;
+    for (int first = 0; first < kItems; first += kPart) {
+      Pack<A, kPart> part;
+      if (chunk.column_scales) {
+        part = load_vector<Pack<A, kPart>>(chunk.column_scales + j + first);
+      }
+      for (int item = 0; item < kPart; ++item) {
+        scales[first + item] = chunk.column_scales ? part.items[item] : A(1);
+      }
+    }
+    for (int item = 0; item < kItems; ++item) {
+      logits[item] = chunk.scale * (widen(products.items[item]) * scales[item]);
+    }
+  }
+};
+
+// exp, by the instruction that there is. Its argument is rounded to a part of its size, which is
+// small where the result is not.
+template <class A>
+__device__ __forceinline__ A exp_by_2(A value) {
+  return power_of_2(value * static_cast<A>(1.4426950408889634074));
+}
 
 // sum of exp(logit - largest); of nothing, largest is -infinity.
 template <class A>
@@ -98,7 +131,7 @@ struct Normalizer {
 
 template <class A>
 __device__ A rescaled(const Normalizer<A>& n, A largest) {
-  return n.largest == largest ? n.sum : n.sum * exp(n.largest - largest);
+  return n.largest == largest ? n.sum : n.sum * exp_by_2(n.largest - largest);
 }
 
 template <class A>
@@ -117,34 +150,46 @@ __device__ Normalizer<A> warp_joined(Normalizer<A> value) {
   return value;
 }
 
-// Items of a thread lie kThreads apart, so that a warp reads neighbours.
-template <class P>
+// Packs of a thread lie kThreads apart, so that a warp reads neighbours.
+template <int kItems, class P>
 __device__ Normalizer<Compute<P>> normalizer_of_thread(const Chunk<P>& chunk, std::int64_t i) {
   using A = Compute<P>;
   const A nothing = -A(INFINITY);
+  const A target_logit = chunk.targets[i];
   Normalizer<A> total{nothing, A(0)};
-  for (std::int64_t begin = 0; begin < chunk.columns; begin += kItems * kThreads) {
-    A logits[kItems], largest = total.largest;
-    for (int item = 0; item < kItems; ++item) {
-      const std::int64_t j = begin + item * kThreads + threadIdx.x;
-      logits[item] = j < chunk.columns ? chunk.logit(i, j) : nothing;
-      if (logits[item] > largest) largest = logits[item];
+  for (std::int64_t begin = 0; begin < chunk.columns; begin += kBlockColumns<kItems>) {
+    A logits[kPacks<kItems>][kItems], largest = total.largest;
+    for (int pack = 0; pack < kPacks<kItems>; ++pack) {
+      const std::int64_t j = begin + (pack * kThreads + static_cast<int>(threadIdx.x)) * kItems;
+      for (int item = 0; item < kItems; ++item) logits[pack][item] = nothing;
+      if (j < chunk.columns) {
+        const Columns<A, kItems> columns(chunk, i, j);
+        const int own = chunk.target_item(i, j, kItems);
+        for (int item = 0; item < kItems; ++item) {
+          logits[pack][item] = item == own ? target_logit : columns.logits[item];
+        }
+      }
+      for (int item = 0; item < kItems; ++item) {
+        if (logits[pack][item] > largest) largest = logits[pack][item];
+      }
     }
     total = {largest, rescaled(total, largest)};
     const A shift = largest == nothing ? A(0) : largest;
-    for (int item = 0; item < kItems; ++item) total.sum += exp(logits[item] - shift);
+    for (int pack = 0; pack < kPacks<kItems>; ++pack) {
+      for (int item = 0; item < kItems; ++item) total.sum += exp_by_2(logits[pack][item] - shift);
+    }
   }
   return total;
 }
 
 // Block i takes sample i.
-template <class P>
+template <int kItems, class P>
 __global__ void normalizer_kernel(Chunk<P> chunk, bool start, Compute<P>* normalizer) {
   using A = Compute<P>;
   FACELT_SHARED(A, largest, kThreadWarps);
   FACELT_SHARED(A, sums, kThreadWarps);
   const std::int64_t i = blockIdx.x;
-  const Normalizer<A> own = warp_joined(normalizer_of_thread(chunk, i));
+  const Normalizer<A> own = warp_joined(normalizer_of_thread<kItems>(chunk, i));
   if (lane_of_warp() == 0) {
     largest[threadIdx.x / kWarp] = own.largest;
     sums[threadIdx.x / kWarp] = own.sum;
@@ -158,24 +203,38 @@ __global__ void normalizer_kernel(Chunk<P> chunk, bool start, Compute<P>* normal
   normalizer[chunk.batch + i] = total.sum;
 }
 
-// Block (i, y) takes sample i and kItems * kThreads columns.
+// The gradient by the product with the target, which has column j, within the range of P: a row
+// that is nearly zero has a large scale.
 template <class P>
+__device__ Compute<P> target_gradient(const Chunk<P>& chunk, std::int64_t i, std::int64_t j,
+                                      Compute<P> shift, Compute<P> coefficient) {
+  using A = Compute<P>;
+  const A scale = chunk.column_scales ? chunk.column_scales[j] : A(1);
+  const A less = exp_by_2(chunk.targets[i] - shift) - A(1);
+  return within_range<P>(less * chunk.targets[chunk.batch + i] * (coefficient * scale));
+}
+
+// Block (i, y) takes sample i and kBlockColumns columns. The gradient may lie where the products
+// do.
+template <int kItems, class P>
 __global__ void gradient_kernel(Chunk<P> chunk, const Compute<P>* lse,
                                 const Compute<P>* coefficients, P* gradient) {
   using A = Compute<P>;
   const std::int64_t i = blockIdx.x;
   const A shift = lse[i], coefficient = coefficients[i];
-  const std::int64_t target = chunk.labels[i] - chunk.first_class;
-  for (int item = 0; item < kItems; ++item) {
-    const std::int64_t j =
-        (static_cast<std::int64_t>(blockIdx.y) * kItems + item) * kThreads + threadIdx.x;
-    if (j >= chunk.columns) continue;
-    A value = exp(chunk.logit(i, j) - shift);
-    if (j == target) value = (value - A(1)) * chunk.targets[chunk.batch + i];
-    value *= coefficient * chunk.column_scale(j);
-    // A row that is nearly zero has a large scale.
-    if (j == target) value = within_range<P>(value);
-    gradient[i * chunk.columns + j] = narrow<P>(coefficient == A(0) ? A(0) : value);
+  for (int pack = 0; pack < kPacks<kItems>; ++pack) {
+    const std::int64_t j = static_cast<std::int64_t>(blockIdx.y) * kBlockColumns<kItems> +
+                           (pack * kThreads + static_cast<int>(threadIdx.x)) * kItems;
+    if (j >= chunk.columns) return;
+    const Columns<A, kItems> columns(chunk, i, j);
+    const int own = chunk.target_item(i, j, kItems);
+    const A own_value = own < 0 ? A(0) : target_gradient(chunk, i, j + own, shift, coefficient);
+    Pack<P, kItems> result;
+    for (int item = 0; item < kItems; ++item) {
+      const A value = exp_by_2(columns.logits[item] - shift) * (coefficient * columns.scales[item]);
+      result.items[item] = narrow<P>(coefficient == A(0) ? A(0) : item == own ? own_value : value);
+    }
+    store_vector(gradient + i * chunk.columns + j, result);
   }
 }
 
@@ -246,6 +305,15 @@ Chunk<P> make_chunk(const TensorView& products, const TensorView& column_scales,
           columns};
 }
 
+// Whether products and results can be read and written in packs.
+template <class P>
+bool in_packs(const Chunk<P>& chunk, const P* result) {
+  using A = Compute<P>;
+  return aligned<kWide<P>>(chunk.products, chunk.columns) &&
+         aligned<kWide<P>>(result, chunk.columns) &&
+         (!chunk.column_scales || aligned<kWide<A>>(chunk.column_scales, chunk.columns));
+}
+
 }  // namespace
 
 void margin_softmax_targets(const TensorView& features, const TensorView& inverse_feature_norms,
@@ -289,9 +357,10 @@ void margin_softmax_normalizer(const TensorView& products, const TensorView& col
     using A = Compute<P>;
     const Chunk<P> chunk =
         make_chunk<P>(products, column_scales, labels, targets, first_class, scale);
-    launch(normalizer_kernel<P>, blocks_for(batch, 1), kThreads, 0, stream_of(execution), chunk,
-           start,
-           pointer<A>(normalizer, "normalizer", Scalar<A>::kType, 2 * batch, products.device));
+    A* result = pointer<A>(normalizer, "normalizer", Scalar<A>::kType, 2 * batch, products.device);
+    const auto kernel =
+        in_packs(chunk, chunk.products) ? normalizer_kernel<kWide<P>, P> : normalizer_kernel<1, P>;
+    launch(kernel, blocks_for(batch, 1), kThreads, 0, stream_of(execution), chunk, start, result);
   });
 }
 
@@ -325,18 +394,22 @@ void margin_softmax_gradient(const TensorView& products, const TensorView& colum
                              std::int64_t first_class, double scale, const TensorView& gradient,
                              Execution execution) {
   const std::int64_t batch = products.size(0), columns = products.size(1);
-  const int device = products.device;
   if (batch == 0) return;
   dispatch_floating(products.dtype, "products", [&](auto zero) {
     using P = decltype(zero);
     using A = Compute<P>;
     const Chunk<P> chunk =
         make_chunk<P>(products, column_scales, labels, targets, first_class, scale);
-    const dim3 grid(blocks_for(batch, 1), blocks_for(columns, kItems * kThreads));
-    launch(gradient_kernel<P>, grid, kThreads, 0, stream_of(execution), chunk,
-           pointer<const A>(lse, "lse", Scalar<A>::kType, batch, device),
-           pointer<const A>(coefficients, "coefficients", Scalar<A>::kType, batch, device),
-           pointer<P>(gradient, "gradient", Scalar<P>::kType, batch * columns, device));
+    P* result =
+        pointer<P>(gradient, "gradient", Scalar<P>::kType, batch * columns, products.device);
+    const bool packs = in_packs(chunk, result);
+    const dim3 grid(blocks_for(batch, 1),
+                    blocks_for(columns, packs ? kBlockColumns<kWide<P>> : kBlockColumns<1>));
+    launch(packs ? gradient_kernel<kWide<P>, P> : gradient_kernel<1, P>, grid, kThreads, 0,
+           stream_of(execution), chunk,
+           pointer<const A>(lse, "lse", Scalar<A>::kType, batch, products.device),
+           pointer<const A>(coefficients, "coefficients", Scalar<A>::kType, batch, products.device),
+           result);
   });
 }
 

@@ -150,7 +150,7 @@ void range_loss_forward(const TensorView& features, const TensorView& labels,
         RangeTiles<T>{x, label, w.order, taking_part, batch, dimensions, k, w.candidates},
         &numbering, stream);
     launch_centroids(Centroids<T>{x, w.order, state.offsets, w.num_classes, batch, dimensions,
-                                  batch, w.centroids, w.counts},
+                                  batch, w.centroids, w.counts, false},
                      stream);
     launch_center_tiles(w.center_tiles, stream);
     launch(finish_kernel<A>, blocks_for(batch, kFinishThreads / kWarp), kFinishThreads, 0, stream,

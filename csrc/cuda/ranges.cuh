@@ -34,6 +34,37 @@ struct RangeTiles {
 template <class T>
 void launch_range_tiles(const RangeTiles<T>& tiles, const Numbering* numbering, stream_t stream);
 
+// A lane's way over the k candidates of each pair of `span` tiles, row by row from the diagonal on,
+// kWarp candidates at a time. Divisions are slow, so it makes them once.
+struct CandidateWalk {
+  std::int64_t span, k, row = 0, column, item, columns_on, items_on;
+
+  __device__ CandidateWalk(std::int64_t span, std::int64_t k, int lane)
+      : span(span),
+        k(k),
+        column(lane / k),
+        item(lane % k),
+        columns_on(kWarp / k),
+        items_on(kWarp % k) {
+    wrap();
+  }
+
+  __device__ void advance() {
+    column += columns_on;
+    item += items_on;
+    if (item >= k) {
+      item -= k;
+      ++column;
+    }
+    wrap();
+  }
+
+ private:
+  __device__ void wrap() {
+    for (; row < span && column >= span; ++row) column += row + 1 - span;
+  }
+};
+
 // Merges the candidates of the class at sorted positions [begin, end); a warp's work. Lane 0 writes
 // its ranges and pairs of samples, filled up to k with 0 and kNoPair. Returns their number.
 template <class A>
@@ -43,19 +74,19 @@ __device__ std::int64_t merge_class(const TileCandidates<A>& candidates, std::in
   const int lane = threadIdx.x % kWarp;
   const std::int64_t first_tile = begin / kTile;
   const std::int64_t span = end - begin < 2 ? 0 : (end - 1) / kTile - first_tile + 1;
+  const CandidateWalk start(span, k, lane);
   Candidate<A> previous{A(0), kNoPair};
   std::int64_t number = 0;
   for (std::int64_t j = 0; j < k; ++j) {
     Candidate<A> best{A(0), kNoPair};
-    for (std::int64_t e = lane; e < span * span * k; e += kWarp) {
-      const std::int64_t row = e / (span * k), column = e / k % span;
-      if (column < row) continue;
+    for (CandidateWalk at = start; at.row < span; at.advance()) {
+      const std::int64_t row = at.row, column = at.column;
       const std::int64_t head = (first_tile + row) * kTile;
       const Candidate<A> candidate =
           row == column
-              ? candidates.diagonal[(head < begin ? begin : head) * k + e % k]
+              ? candidates.diagonal[(head < begin ? begin : head) * k + at.item]
               : candidates.cross[((first_tile + row) * candidates.tiles + first_tile + column) * k +
-                                 e % k];
+                                 at.item];
       const bool taken = number > 0 && !is_larger(previous, candidate);
       if (!taken && is_larger(candidate, best)) best = candidate;
     }

@@ -6,15 +6,6 @@ namespace {
 
 constexpr int kLanes = 8;  // members that a block adds up side by side
 
-// Neighbouring numbers that are read or written at once.
-template <class T, int kItems>
-struct alignas(kItems * sizeof(T)) Pack {
-  T items[kItems];
-};
-
-template <class T>
-constexpr int kWide = 16 / sizeof(T);
-
 // A block takes kWarp * kItems columns of one super class; each of its warps adds every kLanes-th
 // member.
 template <class W, class P, int kItems>
@@ -65,12 +56,6 @@ __global__ void shares_kernel(const T* grad_means, const std::int64_t* super_cla
     }
     store_vector(grad_weight + i * dimensions + d, pack);
   }
-}
-
-template <int kItems, class T>
-bool aligned(const T* address, std::int64_t dimensions) {
-  return dimensions % kItems == 0 &&
-         reinterpret_cast<std::uintptr_t>(address) % (kItems * sizeof(T)) == 0;
 }
 
 }  // namespace

@@ -2,9 +2,11 @@
 // fibers of the launching host thread. A broken rule is an Error, thrown from launch.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -354,6 +356,12 @@ void store_vector(T* address, V value, emulation::Site site = emulation::Site::h
   emulation::check_vector_access<V>(address, site);
   std::memcpy(address, &value, sizeof value);
 }
+
+inline float power_of_2(float x) {
+  const float result = std::exp2(x);
+  return result < std::numeric_limits<float>::min() ? 0.0f : result;
+}
+inline double power_of_2(double x) { return std::exp2(x); }
 
 }  // namespace emulated_launch
 }  // namespace facelt
