@@ -6,6 +6,7 @@ import torch  # noqa: F401
 from facelt_ext import functional, reference
 from facelt_ext._backend import debug_checks, use_backend
 from facelt_ext._native import build_info
+from facelt_ext._version import VERSION
 from facelt_ext.losses import (
     AggregatedSoftmaxLoss,
     ArcFaceLoss,
@@ -22,7 +23,7 @@ from facelt_ext.losses import (
     within_margin_max,
 )
 
-__version__ = build_info()["version"]
+__version__ = VERSION
 
 __all__ = [
     "AggregatedSoftmaxLoss",

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import importlib
 import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from facelt_ext._missing_module import explain
+from facelt_ext._version import VERSION
+
 try:
-    from facelt_ext import _C
+    _C = importlib.import_module("facelt_ext._C")
 except ImportError as error:
     _C = None
-    _missing = str(error)
+    _missing = explain(error)
     warnings.warn(
-        f"facelt_ext works without its native module, slowly, in plain PyTorch: {error}. "
-        "`pip install --force-reinstall --no-deps .` in the folder of its sources builds it.",
+        f"facelt_ext works without its native module, slowly, in plain PyTorch. {_missing}",
         stacklevel=2,
     )
 
@@ -41,8 +43,7 @@ def build_info() -> dict[str, object]:
     if _C is not None:
         return {**_C.build_info(), "native_missing": None}
     nothing = dict.fromkeys(("compiler", "cuda_version", "cuda_archs", "cuda_missing"))
-    version = importlib.metadata.version("facelt_ext")
-    return {"version": version, "backends": [], **nothing, "native_missing": _missing}
+    return {"version": VERSION, "backends": [], **nothing, "native_missing": _missing}
 
 
 def run(backend: str, like: Tensor, function: str, *args: object) -> None:
@@ -83,7 +84,7 @@ def large_output(like: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 @functools.cache
 def _kernels(backend: str, device_type: str) -> ModuleType:
     if _C is None:
-        raise RuntimeError(f"backend {backend!r}: the native module cannot be imported: {_missing}")
+        raise RuntimeError(f"backend {backend!r}: there is no native module. {_missing}")
     if backend == "emulated":
         if device_type != "cpu":
             raise RuntimeError(f"backend 'emulated': wants tensors on cpu, got {device_type}")
