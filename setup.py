@@ -4,63 +4,72 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+import setuptools
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
+try:
+    from setuptools.command.build import build
+except ImportError:  # setuptools < 62.4
+    from distutils.command.build import build
+
 ROOT = Path(__file__).resolve().parent
-BUILD_VARIABLES = ("FACELT_CUDA", "FACELT_CUDA_ARCHS", "FACELT_EMULATION", "FACELT_SANITIZE")
+sys.path.insert(0, str(ROOT / "cmake"))
+
+import build_folder  # noqa: E402
+import run_cmake  # noqa: E402
+
+SETUPTOOLS = int(setuptools.__version__.partition(".")[0])
+if SETUPTOOLS < 61:
+    run_cmake.fail(
+        "setuptools 61 or newer is needed, which reads pyproject.toml, not "
+        f"{setuptools.__version__}: pip install 'setuptools>=61'"
+    )
+
+
+class Build(build):
+    def run(self) -> None:
+        build_folder.lock()
+        # Modules that were deleted since the last build, and what an interrupted one left.
+        for leftover in (self.build_lib, Path(self.build_base) / f"bdist.{self.plat_name}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
+    def run(self) -> None:
+        build_folder.lock()
+        self.development = bool(self.inplace or getattr(self, "editable_mode", False))
+        super().run()
+
     def build_extension(self, extension: Extension) -> None:
-        output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        # One folder for a Python version, kept between builds: a second build is incremental.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        cmake = find_cmake()
+        folder = (
+            build_folder.development_folder() if self.development else build_folder.clean_folder()
+        )
         definitions = {
             "FACELT_VERSION": self.distribution.get_version(),
             "Python_EXECUTABLE": sys.executable,
-            **{name: os.environ[name] for name in BUILD_VARIABLES if name in os.environ},
         }
-        if ninja := find_ninja():
-            definitions["CMAKE_MAKE_PROGRAM"] = ninja
-        # What an earlier build was told, or found in a build environment that is gone by now.
-        forgotten = [*BUILD_VARIABLES, "FACELT_NVCC", "pybind11_DIR"]
-        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        configure += [f"-U{name}" for name in forgotten]
-        configure += [f"-D{name}={value}" for name, value in definitions.items()]
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--target", "_C"], check=True)
-        built = build / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        names = [name for name in build_folder.FACELT_VARIABLES if name in os.environ]
+        definitions.update((name, os.environ[name]) for name in names)
+        run_cmake.configure(ROOT, folder, definitions)
+        if self.development:
+            build_folder.remember(folder)
+        run_cmake.build(folder, "_C")
+        output = Path(self.get_ext_fullpath(extension.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         # A file that is replaced, not written over: the old one may be mapped by a running process.
         output.unlink(missing_ok=True)
-        shutil.copy2(built, output)
-
-
-def find_cmake() -> str:
-    """The cmake package of the build environment, or the one on PATH."""
-    try:
-        import cmake
-    except ImportError:
-        return "cmake"
-    return str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
-
-
-def find_ninja() -> str | None:
-    try:
-        import ninja
-    except ImportError:
-        return None
-    return str(Path(ninja.BIN_DIR) / "ninja")
+        shutil.copy2(folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", output)
 
 
 setup(
+    # setuptools < 77 knows no license expressions, newer ones no other form in pyproject.toml.
+    **{"license_expression" if SETUPTOOLS >= 77 else "license": "Apache-2.0"},
     ext_modules=[Extension("facelt_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": Build, "build_ext": CMakeBuild},
 )
