@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent
 OPTIONS = ("FACELT_CUDA", "FACELT_CUDA_ARCHS", "FACELT_EMULATION", "FACELT_SANITIZE")
@@ -30,7 +31,7 @@ READ = re.compile(
 NOT_READ = {"CMAKE_BUILD_PARALLEL_LEVEL", "CMAKE_GENERATOR", "CMAKE_COLOR_DIAGNOSTICS"}
 
 
-def fail(reason: str) -> None:
+def fail(reason: str) -> NoReturn:
     # SystemExit, as every other exception gets a traceback below what the user has to read.
     raise SystemExit(f"error: {reason}")
 
@@ -228,11 +229,11 @@ def why_not_configured(folder: Path, text: str) -> str:
     own = f"CXX is {os.environ['CXX']!r}" if os.environ.get("CXX") else "CXX may name one"
     if "simple test program" in text and "CXX" in text:
         return (
-            f"the C++ compiler cannot compile a simple program, as said above: see CXX, CXXFLAGS, "
+            "the C++ compiler cannot compile a simple program, as said above: see CXX, CXXFLAGS, "
             f"LDFLAGS and whether its C library's headers are installed ({own})"
         )
     if re.search(r"CMAKE_CXX_COMPILER|environment\s+variable\s+CXX", text):
-        return f"no C++ compiler was found: install g++ or clang++, as by `apt-get install g++` ({own})"
+        return f"no C++ compiler was found: `apt-get install g++` gets one ({own})"
     error = re.search(r"CMake Error[^\n]*\n(.*?\S.*?)(\n\s*\n|\Z)", text, re.DOTALL)
     reason = " ".join(error.group(1).split()) if error else "see above"
     return f"CMake could not configure the build: {reason}"

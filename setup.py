@@ -1,11 +1,8 @@
-"""Drives CMake, which alone knows how the native module is built (CMakeLists.txt)."""
+"""Metadata is in pyproject.toml; native_build.py builds the native module."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import sysconfig
 from pathlib import Path
 
 import setuptools
@@ -14,62 +11,46 @@ from setuptools.command.build_ext import build_ext
 
 try:
     from setuptools.command.build import build
-except ImportError:  # setuptools < 62.4
+except ImportError:  # setuptools before 62.4
     from distutils.command.build import build
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "cmake"))
-
-import build_folder  # noqa: E402
-import run_cmake  # noqa: E402
-
-SETUPTOOLS = int(setuptools.__version__.partition(".")[0])
-if SETUPTOOLS < 61:
-    run_cmake.fail(
-        "setuptools 61 or newer is needed, which reads pyproject.toml, not "
-        f"{setuptools.__version__}: pip install 'setuptools>=61'"
+if int(setuptools.__version__.split(".")[0]) < 61:
+    sys.exit(
+        f"error: setuptools 61 or newer is needed, this is {setuptools.__version__}: "
+        "`pip install -U setuptools` gets a new one"
     )
 
+# Build frontends run this file without its folder on sys.path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import native_build  # noqa: E402
 
-class Build(build):
+
+class Licensed(Distribution):
+    """No form of `license` in pyproject.toml is read by setuptools before and from 77 on."""
+
+    def parse_config_files(self, *args: object, **options: object) -> None:
+        super().parse_config_files(*args, **options)
+        self.metadata.license = self.metadata.license_expression = "Apache-2.0"
+
+
+class CleanBuild(build):
     def run(self) -> None:
-        build_folder.lock()
-        # Modules that were deleted since the last build, and what an interrupted one left.
-        for leftover in (self.build_lib, Path(self.build_base) / f"bdist.{self.plat_name}"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        native_build.remove_earlier_builds()
         super().run()
 
 
 class CMakeBuild(build_ext):
-    def run(self) -> None:
-        build_folder.lock()
-        self.development = bool(self.inplace or getattr(self, "editable_mode", False))
-        super().run()
-
     def build_extension(self, extension: Extension) -> None:
-        folder = (
-            build_folder.development_folder() if self.development else build_folder.clean_folder()
+        native_build.build(
+            Path(self.get_ext_fullpath(extension.name)).resolve(),
+            self.distribution.get_version(),
+            development=bool(self.inplace or getattr(self, "editable_mode", False)),
         )
-        definitions = {
-            "FACELT_VERSION": self.distribution.get_version(),
-            "Python_EXECUTABLE": sys.executable,
-        }
-        names = [name for name in build_folder.FACELT_VARIABLES if name in os.environ]
-        definitions.update((name, os.environ[name]) for name in names)
-        run_cmake.configure(ROOT, folder, definitions)
-        if self.development:
-            build_folder.remember(folder)
-        run_cmake.build(folder, "_C")
-        output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # A file that is replaced, not written over: the old one may be mapped by a running process.
-        output.unlink(missing_ok=True)
-        shutil.copy2(folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", output)
 
 
-setup(
-    # setuptools < 77 knows no license expressions, newer ones no other form in pyproject.toml.
-    **{"license_expression" if SETUPTOOLS >= 77 else "license": "Apache-2.0"},
-    ext_modules=[Extension("facelt_ext._C", sources=[])],
-    cmdclass={"build": Build, "build_ext": CMakeBuild},
-)
+with native_build.one_build_at_a_time():
+    setup(
+        distclass=Licensed,
+        ext_modules=[Extension("facelt_ext._C", sources=[])],
+        cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
+    )
