@@ -20,6 +20,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent
 OPTIONS = ("FACELT_CUDA", "FACELT_CUDA_ARCHS", "FACELT_EMULATION", "FACELT_SANITIZE")
 OLDEST_CMAKE = (3, 24)
+RECORD = "configuration.json"
 
 # What compilers and CMake read from the environment when a folder is configured.
 READ = re.compile(
@@ -92,6 +93,8 @@ def build(output: Path, version: str, development: bool) -> None:
     (folder / "failure.txt").unlink(missing_ok=True)
     code, text = run([*configure, *arguments])
     if code:
+        # The next build starts anew, as what was missing may be there then.
+        (folder / RECORD).unlink(missing_ok=True)
         fail(why_not_configured(folder, text))
     code, text = run([cmake, "--build", str(folder), "--target", "_C", *jobs])
     if code:
@@ -104,13 +107,13 @@ def build(output: Path, version: str, development: bool) -> None:
 
 def keep_if_same(folder: Path, wanted: dict[str, str]) -> None:
     """Removes `folder` if it was configured otherwise, and says what differs."""
-    record = folder / "configuration.json"
+    record = folder / RECORD
     try:
-        before = json.loads(record.read_text())
-    except (OSError, ValueError):
+        before = dict(json.loads(record.read_text()))
+    except (OSError, TypeError, ValueError):
         before = None
     if before != wanted:
-        if before is not None:
+        if before:
             names = sorted(n for n in {*before, *wanted} if before.get(n) != wanted.get(n))
             changes = ", ".join(f"{n} was {before.get(n)!r}, is {wanted.get(n)!r}" for n in names)
             print(f"facelt_ext: {folder} was configured otherwise and starts anew: {changes}")
