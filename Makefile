@@ -7,9 +7,10 @@ RUN := $(VENV)/bin/python
 export FACELT_CUDA_ARCHS ?= 75
 export FACELT_EMULATION ?= on
 
-NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
+NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py native_build.py pyproject.toml \
+	constraints.txt
 
-.PHONY: demo test bench docs lint format wheel sanitize clean
+.PHONY: demo test bench docs lint format wheel builds sanitize clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/faces.py $(ARGS)
@@ -35,11 +36,16 @@ format: $(VENV)/installed
 	$(VENV)/bin/ruff format
 	git ls-files '*.h' '*.inc' '*.cpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
 
-# A user's wheel, for all architectures, looked into and imported from where it was unpacked.
+# A source distribution, and from it alone a user's wheel for all architectures, which is looked into
+# and installed.
 wheel: $(VENV)/installed
 	rm -rf dist
-	env -u FACELT_CUDA_ARCHS -u FACELT_EMULATION $(RUN) -m pip wheel --quiet --no-deps -w dist .
+	env -u FACELT_CUDA_ARCHS -u FACELT_EMULATION $(RUN) -m build --outdir dist .
 	$(RUN) .ci/check_wheel.py dist/*.whl
+
+# Builds as users configure them: other flags, moved folders, several at once. Takes minutes.
+builds: $(VENV)/installed
+	env -u FACELT_CUDA_ARCHS -u FACELT_EMULATION $(RUN) -m pytest .ci/test_builds.py $(ARGS)
 
 # The kernels, on the CPU and emulated, under AddressSanitizer and UBSan.
 sanitize: $(VENV)/installed

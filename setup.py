@@ -1,66 +1,56 @@
-"""Drives CMake, which alone knows how the native module is built (CMakeLists.txt)."""
+"""Metadata is in pyproject.toml; native_build.py builds the native module."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+import setuptools
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).resolve().parent
-BUILD_VARIABLES = ("FACELT_CUDA", "FACELT_CUDA_ARCHS", "FACELT_EMULATION", "FACELT_SANITIZE")
+try:
+    from setuptools.command.build import build
+except ImportError:  # setuptools before 62.4
+    from distutils.command.build import build
+
+if int(setuptools.__version__.split(".")[0]) < 61:
+    sys.exit(
+        f"error: setuptools 61 or newer is needed, this is {setuptools.__version__}: "
+        "`pip install -U setuptools` gets a new one"
+    )
+
+# Build frontends run this file without its folder on sys.path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import native_build  # noqa: E402
+
+
+class Licensed(Distribution):
+    """No form of `license` in pyproject.toml is read by setuptools before and from 77 on."""
+
+    def parse_config_files(self, *args: object, **options: object) -> None:
+        super().parse_config_files(*args, **options)
+        self.metadata.license = self.metadata.license_expression = "Apache-2.0"
+
+
+class CleanBuild(build):
+    def run(self) -> None:
+        native_build.remove_earlier_builds()
+        super().run()
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
-        output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        # One folder for a Python version, kept between builds: a second build is incremental.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        cmake = find_cmake()
-        definitions = {
-            "FACELT_VERSION": self.distribution.get_version(),
-            "Python_EXECUTABLE": sys.executable,
-            **{name: os.environ[name] for name in BUILD_VARIABLES if name in os.environ},
-        }
-        if ninja := find_ninja():
-            definitions["CMAKE_MAKE_PROGRAM"] = ninja
-        # What an earlier build was told, or found in a build environment that is gone by now.
-        forgotten = [*BUILD_VARIABLES, "FACELT_NVCC", "pybind11_DIR"]
-        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        configure += [f"-U{name}" for name in forgotten]
-        configure += [f"-D{name}={value}" for name, value in definitions.items()]
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--target", "_C"], check=True)
-        built = build / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # A file that is replaced, not written over: the old one may be mapped by a running process.
-        output.unlink(missing_ok=True)
-        shutil.copy2(built, output)
+        native_build.build(
+            Path(self.get_ext_fullpath(extension.name)).resolve(),
+            self.distribution.get_version(),
+            development=bool(self.inplace or getattr(self, "editable_mode", False)),
+        )
 
 
-def find_cmake() -> str:
-    """The cmake package of the build environment, or the one on PATH."""
-    try:
-        import cmake
-    except ImportError:
-        return "cmake"
-    return str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
-
-
-def find_ninja() -> str | None:
-    try:
-        import ninja
-    except ImportError:
-        return None
-    return str(Path(ninja.BIN_DIR) / "ninja")
-
-
-setup(
-    ext_modules=[Extension("facelt_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+with native_build.one_build_at_a_time():
+    setup(
+        distclass=Licensed,
+        ext_modules=[Extension("facelt_ext._C", sources=[])],
+        cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
+    )

@@ -1,21 +1,40 @@
 # Decides whether the CUDA kernels are built, and adds them to _C.
 
-# nvcc is looked for where a user would expect it: CUDA_HOME, PATH, /usr/local/cuda, and the
-# nvidia-cuda-nvcc packages of the Python that builds.
-function(facelt_find_nvcc result)
+# Compiles and links a small program; `result` is empty if that works, else why not. A compiler of the
+# system that is too new for nvcc shows here, and a toolkit of which a part is missing.
+function(facelt_try_nvcc nvcc result)
+  set(folder ${CMAKE_CURRENT_BINARY_DIR}/try_nvcc)
+  file(WRITE ${folder}/program.cu [[
+#include <cuda_runtime.h>
+__global__ void store(int* values) { values[threadIdx.x] = 1; }
+int main() {
+  store<<<1, 1>>>(nullptr);
+  return cudaDeviceSynchronize();
+}
+]])
+  set(host ${CMAKE_CUDA_HOST_COMPILER} $ENV{CUDAHOSTCXX})
+  if(host)
+    list(GET host 0 host)
+    set(host -ccbin ${host})
+  endif()
+  separate_arguments(flags UNIX_COMMAND "${CMAKE_CUDA_FLAGS} $ENV{CUDAFLAGS}")
   execute_process(
-    COMMAND ${Python_EXECUTABLE} -c "import site, sys; print(';'.join(sys.path))"
-    OUTPUT_VARIABLE python_path OUTPUT_STRIP_TRAILING_WHITESPACE)
-  set(pip_folders "")
-  foreach(folder ${python_path})
-    file(GLOB found "${folder}/nvidia/*/bin")
-    list(APPEND pip_folders ${found})
-  endforeach()
-  find_program(
-    FACELT_NVCC nvcc
-    HINTS $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin
-    PATHS /usr/local/cuda/bin ${pip_folders})
-  set(${result} ${FACELT_NVCC} PARENT_SCOPE)
+    COMMAND ${nvcc} -std=c++17 ${host} ${flags} program.cu -o program
+    WORKING_DIRECTORY ${folder}
+    RESULT_VARIABLE code OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  if(code EQUAL 0)
+    set(${result} "" PARENT_SCOPE)
+    return()
+  endif()
+  string(REGEX MATCH "[^\n]*([Ee]rror|[Ff]atal)[^\n]*" line "${output}")
+  if(NOT line)
+    string(REGEX MATCH "[^\n]+" line "${output}")
+  endif()
+  if(NOT line)
+    set(line "${code}")
+  endif()
+  string(STRIP "${line}" line)
+  set(${result} "${nvcc} cannot compile: ${line}" PARENT_SCOPE)
 endfunction()
 
 # The major architectures from Turing (7.5) on that this nvcc knows; the newest also as PTX, for GPUs
@@ -41,19 +60,31 @@ set(cuda_missing "")
 if(wanted MATCHES "^(off|0|false|no)$")
   set(cuda_missing "FACELT_CUDA=${FACELT_CUDA} turned it off")
 elseif(NOT wanted MATCHES "^(auto|on|1|true|yes)$")
-  message(FATAL_ERROR "FACELT_CUDA: expected auto, on or off, got ${FACELT_CUDA}")
+  facelt_fail("FACELT_CUDA: expected auto, on or off, got ${FACELT_CUDA}")
 else()
-  facelt_find_nvcc(nvcc)
+  set(nvcc ${FACELT_NVCC})
+  if(CMAKE_CUDA_COMPILER)
+    set(nvcc ${CMAKE_CUDA_COMPILER})
+  endif()
   if(NOT nvcc)
-    set(cuda_missing "no nvcc was found in CUDA_HOME, PATH, /usr/local/cuda or the nvidia pip packages")
-    if(NOT wanted STREQUAL "auto")
-      message(FATAL_ERROR "FACELT_CUDA=${FACELT_CUDA}, but ${cuda_missing}")
+    set(cuda_missing "no nvcc was found in CUDACXX, CUDA_HOME, PATH, /usr/local/cuda or the nvidia \
+pip packages")
+  elseif(NOT nvcc STREQUAL FACELT_NVCC_WORKS)
+    facelt_try_nvcc(${nvcc} cuda_missing)
+    if(NOT cuda_missing)
+      set(FACELT_NVCC_WORKS ${nvcc} CACHE INTERNAL "The nvcc that was tried")
     endif()
+  endif()
+  if(cuda_missing AND NOT wanted STREQUAL "auto")
+    facelt_fail("FACELT_CUDA=${FACELT_CUDA}, but ${cuda_missing}")
   endif()
 endif()
 
 if(cuda_missing)
   message(STATUS "facelt_ext: building without CUDA kernels: ${cuda_missing}")
+  # It becomes a string literal in C++.
+  string(REPLACE "\\" "\\\\" cuda_missing "${cuda_missing}")
+  string(REPLACE "\"" "\\\"" cuda_missing "${cuda_missing}")
   return()
 endif()
 

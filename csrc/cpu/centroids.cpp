@@ -8,13 +8,13 @@ void class_centroids_forward(const TensorView& features, const TensorView& order
                              Execution execution) {
   const std::int64_t batch = features.size(0), dimensions = features.size(1);
   const std::int64_t rows = centroids.size(0);
-  const std::int64_t* position = index_pointer(order, "order", batch);
   const std::int64_t* starts = index_pointer(offsets, "offsets", batch + 1);
   require_rows(rows, *index_pointer(num_classes, "num_classes", 1));
   std::int64_t* sizes = index_output(counts, "counts", rows);
   dispatch_floating(features.dtype, "features", [&](auto zero) {
     using T = decltype(zero);
     const T* x = input<T>(features, "features", batch * dimensions);
+    const std::int64_t* position = index_pointer(order, "order", batch);
     Compute<T>* out = output<Compute<T>>(centroids, "centroids", rows * dimensions);
     advise_huge_pages(centroids);
     FirstException failure;

@@ -77,4 +77,14 @@ class FirstException {
   std::exception_ptr first_;
 };
 
+// Runs `body` on each of `threads` threads; loops in it are shared by `omp for`. Compilers disagree
+// on what a lambda inside a lexical OpenMP region may capture; here no lambda is inside one.
+template <class Body>
+void parallel(int threads, const Body& body) {
+  FirstException failure;
+#pragma omp parallel num_threads(threads)
+  failure.run(body);
+  failure.rethrow();
+}
+
 }  // namespace facelt::cpu

@@ -74,9 +74,7 @@ void compactness_select(const TensorView& products, const TensorView& column_sca
         column_scales.numel() > 0 ? input<A>(column_scales, "column_scales", columns) : nullptr;
     A* values = output<A>(kept, "kept", rows * capacity);
     A* lowest = output<A>(thresholds, "thresholds", rows);
-    FirstException failure;
-#pragma omp parallel num_threads(threads(execution))
-    failure.run([&] {
+    parallel(threads(execution), [&] {
       RowReader<P> reader(columns);
       std::vector<A> scaled(columns);
 #pragma omp for schedule(static) nowait
@@ -93,7 +91,6 @@ void compactness_select(const TensorView& products, const TensorView& column_sca
                                                                                      columns);
       }
     });
-    failure.rethrow();
   });
 }
 
@@ -108,14 +105,13 @@ void compactness_reduce(const TensorView& kept, const TensorView& counts, std::i
     using A = Compute<decltype(zero)>;
     A* values = output<A>(kept, "kept", rows * capacity);
     A* out = output<A>(compactness, "compactness", rows);
+    const auto reduce = [=](std::int64_t i) {
+      const std::int64_t largest = keep_largest(values + i * capacity, count[i], k);
+      out[i] = log_sum_exp(values + i * capacity, largest, static_cast<A>(scale));
+    };
     FirstException failure;
 #pragma omp parallel for schedule(static) num_threads(threads(execution))
-    for (std::int64_t i = 0; i < rows; ++i) {
-      failure.run([&] {
-        const std::int64_t largest = keep_largest(values + i * capacity, count[i], k);
-        out[i] = log_sum_exp(values + i * capacity, largest, static_cast<A>(scale));
-      });
-    }
+    for (std::int64_t i = 0; i < rows; ++i) failure.run([&] { reduce(i); });
     failure.rethrow();
   });
 }

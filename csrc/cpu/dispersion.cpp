@@ -80,9 +80,7 @@ void write_targets(const Tails<W>& tails, const TensorView& head_weight,
         std::to_string(ignore_index) + ", got " + std::to_string(tails.labels[i]) +
         " at position " + std::to_string(i));
   }
-  FirstException failure;
-#pragma omp parallel num_threads(num_threads)
-  failure.run([&] {
+  parallel(num_threads, [&] {
     RowReader<W> reader(tails.dimensions);
 #pragma omp for schedule(dynamic, 8) nowait
     for (std::int64_t i = 0; i < batch; ++i) {
@@ -106,7 +104,6 @@ void write_targets(const Tails<W>& tails, const TensorView& head_weight,
       out[2 * batch + i] = own;
     }
   });
-  failure.rethrow();
 }
 
 }  // namespace
@@ -138,9 +135,7 @@ void dispersion_feature_gradient(const TensorView& features, const TensorView& t
     const A* shifts = input<A>(lse, "lse", tails.batch);
     const A* factors = input<A>(coefficients, "coefficients", tails.batch);
     A* out = output<A>(raw_features, "raw_features", tails.batch * tails.dimensions);
-    FirstException failure;
-#pragma omp parallel num_threads(threads(execution))
-    failure.run([&] {
+    parallel(threads(execution), [&] {
       RowReader<W> reader(tails.dimensions);
 #pragma omp for schedule(dynamic, 8) nowait
       for (std::int64_t i = 0; i < tails.batch; ++i) {
@@ -153,7 +148,6 @@ void dispersion_feature_gradient(const TensorView& features, const TensorView& t
         }
       }
     });
-    failure.rethrow();
   });
 }
 
@@ -180,9 +174,7 @@ void dispersion_tail_gradient(const TensorView& raw, const TensorView& gain,
     const A* factors = input<A>(coefficients, "coefficients", tails.batch);
     const TableWriter<W> table(output<W>(grad_tail, "grad_tail", tails.rows * dimensions),
                                tails.rows, dimensions);
-    FirstException failure;
-#pragma omp parallel num_threads(threads(execution))
-    failure.run([&] {
+    parallel(threads(execution), [&] {
       RowReader<P> raw_reader(dimensions);
       RowReader<W> reader(dimensions);
       std::vector<A> share(dimensions), sum(dimensions);
@@ -214,7 +206,6 @@ void dispersion_tail_gradient(const TensorView& raw, const TensorView& gain,
       }
       table.finish();
     });
-    failure.rethrow();
   });
 }
 

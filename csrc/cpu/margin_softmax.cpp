@@ -27,9 +27,7 @@ void targets_of(const TensorView& features, const TensorView& inverse_feature_no
                                   std::to_string(classes[i]) + " at position " + std::to_string(i));
     }
   }
-  FirstException failure;
-#pragma omp parallel num_threads(num_threads)
-  failure.run([&] {
+  parallel(num_threads, [&] {
     RowReader<T> feature_reader(dimensions);
     RowReader<W> weight_reader(dimensions);
 #pragma omp for schedule(static) nowait
@@ -55,7 +53,6 @@ void targets_of(const TensorView& features, const TensorView& inverse_feature_no
       out[2 * batch + i] = target.radial;
     }
   });
-  failure.rethrow();
 }
 
 // A chunk of products, and which of its columns each sample's class has.
@@ -124,9 +121,7 @@ void margin_softmax_normalizer(const TensorView& products, const TensorView& col
     using A = Compute<P>;
     const Chunk<P> chunk(products, column_scales, labels, targets, first_class, scale);
     A* largest = output<A>(normalizer, "normalizer", 2 * chunk.batch);
-    FirstException failure;
-#pragma omp parallel num_threads(threads(execution))
-    failure.run([&] {
+    parallel(threads(execution), [&] {
       RowReader<P> reader(chunk.columns);
       std::vector<A> logits(chunk.columns);
 #pragma omp for schedule(static) nowait
@@ -139,7 +134,6 @@ void margin_softmax_normalizer(const TensorView& products, const TensorView& col
                           largest + chunk.batch + i);
       }
     });
-    failure.rethrow();
   });
 }
 
@@ -186,9 +180,7 @@ void margin_softmax_gradient(const TensorView& products, const TensorView& colum
     const A* factors = input<A>(coefficients, "coefficients", chunk.batch);
     const A* slopes = chunk.target_logits + chunk.batch;
     P* out = output<P>(gradient, "gradient", chunk.batch * chunk.columns);
-    FirstException failure;
-#pragma omp parallel num_threads(threads(execution))
-    failure.run([&] {
+    parallel(threads(execution), [&] {
       RowReader<P> reader(chunk.columns);
       RowWriter<P> writer(chunk.columns);
 #pragma omp for schedule(static) nowait
@@ -212,7 +204,6 @@ void margin_softmax_gradient(const TensorView& products, const TensorView& colum
         writer.store(target);
       }
     });
-    failure.rethrow();
   });
 }
 

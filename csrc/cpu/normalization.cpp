@@ -13,9 +13,7 @@ void normalize(const TensorView& x, const TensorView& inverse_norms, const Tenso
   A* inverses = output<A>(inverse_norms, "inverse_norms", rows);
   const bool wanted = normalized.numel() > 0;
   P* out = output<P>(normalized, "normalized", wanted ? rows * dimensions : 0);
-  FirstException failure;
-#pragma omp parallel num_threads(num_threads)
-  failure.run([&] {
+  parallel(num_threads, [&] {
     RowReader<T> reader(dimensions);
     RowWriter<P> writer(dimensions);
 #pragma omp for schedule(static) nowait
@@ -27,7 +25,6 @@ void normalize(const TensorView& x, const TensorView& inverse_norms, const Tenso
       writer.store(out + i * dimensions);
     }
   });
-  failure.rethrow();
 }
 
 template <class R, class T>
@@ -41,9 +38,7 @@ void project(const TensorView& raw, const TensorView& x, const TensorView& inver
   const bool one_gain = gain.numel() == 1;
   const A* gains = input<A>(gain, "gain", one_gain ? 1 : rows);
   T* out = output<T>(grad_x, "grad_x", rows * dimensions);
-  FirstException failure;
-#pragma omp parallel num_threads(num_threads)
-  failure.run([&] {
+  parallel(num_threads, [&] {
     RowReader<R> raw_reader(dimensions);
     RowReader<T> reader(dimensions);
     RowWriter<T> writer(dimensions);
@@ -62,7 +57,6 @@ void project(const TensorView& raw, const TensorView& x, const TensorView& inver
       writer.store(target);
     }
   });
-  failure.rethrow();
 }
 
 }  // namespace

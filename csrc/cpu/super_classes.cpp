@@ -16,9 +16,7 @@ void write_means(const TensorView& weight, const TensorView& order, const Tensor
   P* out = output<P>(means, "means", count * dimensions);
   const RowKernels<A>& kernels = row_kernels<A>();
   advise_huge_pages(means);
-  FirstException failure;
-#pragma omp parallel num_threads(num_threads)
-  failure.run([&] {
+  parallel(num_threads, [&] {
     RowReader<W> reader(dimensions);
     RowWriter<P> writer(dimensions);
 #pragma omp for schedule(dynamic, 64) nowait
@@ -33,7 +31,6 @@ void write_means(const TensorView& weight, const TensorView& order, const Tensor
       writer.store(out + s * dimensions);
     }
   });
-  failure.rethrow();
 }
 
 }  // namespace
@@ -61,9 +58,7 @@ void super_class_mean_backward(const TensorView& grad_means, const TensorView&,
     T* out = output<T>(grad_weight, "grad_weight", rows * dimensions);
     const TableWriter<T> table(out, rows, dimensions);
     advise_huge_pages(grad_weight);
-    FirstException failure;
-#pragma omp parallel num_threads(threads(execution))
-    failure.run([&] {
+    parallel(threads(execution), [&] {
       RowReader<T> reader(dimensions);
       std::vector<A> share(dimensions);
       std::vector<T> row(dimensions);
@@ -86,7 +81,6 @@ void super_class_mean_backward(const TensorView& grad_means, const TensorView&,
                     narrow<T>(std::numeric_limits<A>::quiet_NaN()));
       }
     });
-    failure.rethrow();
   });
 }
 
