@@ -10,7 +10,7 @@ export FACELT_EMULATION ?= on
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py native_build.py pyproject.toml \
 	constraints.txt
 
-.PHONY: demo test bench docs lint format wheel builds sanitize clean
+.PHONY: demo test bench docs lint format wheel compilers builds sanitize clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/faces.py $(ARGS)
@@ -42,6 +42,11 @@ wheel: $(VENV)/installed
 	rm -rf dist
 	env -u FACELT_CUDA_ARCHS -u FACELT_EMULATION $(RUN) -m build --outdir dist .
 	$(RUN) .ci/check_wheel.py dist/*.whl
+	! command -v nvcc >/dev/null || $(RUN) .ci/resources.py dist/*.whl
+
+# The CPU kernels by an older g++ and by clang.
+compilers: $(VENV)/installed
+	PYTHON=$(RUN) .ci/compilers
 
 # Builds as users configure them: other flags, moved folders, several at once. Takes minutes.
 builds: $(VENV)/installed

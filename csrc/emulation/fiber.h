@@ -62,9 +62,10 @@ class Fiber {
   std::size_t mapping_bytes_ = 0;
   const void* stack_ = nullptr;
   std::size_t stack_bytes_ = 0;
-  // Where AddressSanitizer may keep this fiber's locals.
-  [[maybe_unused]] void* fake_stack_ = nullptr;
   bool has_frames_ = false;
+#if defined(FACELT_EMULATION_ASAN)
+  void* fake_stack_ = nullptr;  // where AddressSanitizer may keep this fiber's locals
+#endif
 };
 
 }  // namespace facelt::emulation
