@@ -40,11 +40,16 @@ class CleanBuild(build):
 
 
 class CMakeBuild(build_ext):
+    def run(self) -> None:
+        # Here, as setuptools clears `inplace` while it builds.
+        self.development = bool(self.inplace or getattr(self, "editable_mode", False))
+        super().run()
+
     def build_extension(self, extension: Extension) -> None:
         native_build.build(
             Path(self.get_ext_fullpath(extension.name)).resolve(),
             self.distribution.get_version(),
-            development=bool(self.inplace or getattr(self, "editable_mode", False)),
+            self.development,
         )
 
 
