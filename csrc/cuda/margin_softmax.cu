@@ -85,8 +85,8 @@ struct Chunk {
 
   // Of `items` columns from j on, the one that sample i's class has, or -1.
   __device__ int target_item(std::int64_t i, std::int64_t j, int items) const {
-    const std::int64_t item = labels[i] - first_class - j;
-    return item >= 0 && item < items ? static_cast<int>(item) : -1;
+    const std::int64_t label = labels[i], first = first_class + j;
+    return label >= first && label < first + items ? static_cast<int>(label - first) : -1;
   }
 };
 
