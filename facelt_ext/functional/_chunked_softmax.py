@@ -45,7 +45,7 @@ class ChunkedSoftmax:
     ) -> None:
         self.operand, self.chunks, self.labels = operand, chunks, labels
         self.options, self.backend = options, backend
-        self.batch = len(operand)
+        self.batch = operand.shape[0]
 
     def run(self, function: str, *args: object) -> None:
         _native.run(self.backend, self.operand, function, *args)
@@ -66,7 +66,7 @@ class ChunkedSoftmax:
         normalizer = self.empty(2, self.batch)
         with autocast_off(self.operand.device.type):
             for first, rows, scales in self.chunks:
-                chunk = chunk_of(products, first if keep else 0, self.batch, len(rows))
+                chunk = chunk_of(products, first if keep else 0, self.batch, rows.shape[0])
                 torch.mm(self.operand, rows.t(), out=chunk)
                 self.run(
                     "margin_softmax_normalizer", chunk, scales, self.labels, targets,
@@ -106,9 +106,9 @@ class ChunkedSoftmax:
         scratch = self._scratch()
         with autocast_off(self.operand.device.type):
             for first, rows, scales in self.chunks:
-                gradient = chunk_of(scratch, 0, self.batch, len(rows))
-                if len(products):
-                    chunk = chunk_of(products, first, self.batch, len(rows))
+                gradient = chunk_of(scratch, 0, self.batch, rows.shape[0])
+                if products.shape[0]:
+                    chunk = chunk_of(products, first, self.batch, rows.shape[0])
                 else:
                     chunk = torch.mm(self.operand, rows.t(), out=gradient)
                 self.run(

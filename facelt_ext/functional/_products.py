@@ -62,13 +62,13 @@ def keeps_products(workspace: str, features: Tensor, classes: int, dtype: torch.
     if workspace != "auto":
         return workspace == "high"
     budget = KEPT_BYTES.get(features.device.type, 0)
-    return len(features) * classes * dtype.itemsize <= budget
+    return features.shape[0] * classes * dtype.itemsize <= budget
 
 
 def normalized_rows(x: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
     """x / |x| in `dtype` and 1 / |x| in the compute dtype."""
     rows = torch.empty(x.shape, dtype=dtype, device=x.device)
-    inverse_norms = x.new_empty(len(x), dtype=compute_dtype(dtype))
+    inverse_norms = x.new_empty(x.shape[0], dtype=compute_dtype(dtype))
     _native.run(backend, x, "normalize_rows", x, inverse_norms, rows)
     return rows, inverse_norms
 
@@ -79,7 +79,7 @@ def operand_of(
     """What the weight's rows are multiplied with, [B, D], and 1 / |feature| [B]."""
     if normalize:
         return normalized_rows(features, dtype, backend)
-    inverse_norms = features.new_empty(len(features), dtype=compute_dtype(dtype))
+    inverse_norms = features.new_empty(features.shape[0], dtype=compute_dtype(dtype))
     nothing = features.new_empty(0)
     _native.run(backend, features, "normalize_rows", features, inverse_norms, nothing)
     return features.to(dtype), inverse_norms
@@ -136,28 +136,28 @@ class WeightChunks:
         compute = compute_dtype(dtype)
         self._known = inverse_norms is not None
         if inverse_norms is None:
-            inverse_norms = weight.new_empty(len(weight) if normalize else 0, dtype=compute)
+            inverse_norms = weight.new_empty(weight.shape[0] if normalize else 0, dtype=compute)
         self.inverse_norms = inverse_norms
         self._nothing = weight.new_empty(0, dtype=dtype)
         self._no_scales = weight.new_empty(0, dtype=compute)
-        converted = min(size, len(weight)) if weight.dtype != dtype else 0
+        converted = min(size, weight.shape[0]) if weight.dtype != dtype else 0
         self._rows = weight.new_empty(converted, weight.shape[1], dtype=dtype)
 
     def __len__(self) -> int:
-        return len(self.weight)
+        return self.weight.shape[0]
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for first in range(0, len(self.weight), self.size):
+        for first in range(0, self.weight.shape[0], self.size):
             chunk = self.weight[first : first + self.size]
             yield first, *self._prepared(chunk, self.inverse_norms[first : first + self.size])
         self._known = True
 
     def products(self, operand: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """The first class, operand @ rows.t() [B, C] (until the next chunk), scales [C] or none."""
-        batch = len(operand)
-        scratch = operand.new_empty(batch * min(self.size, len(self.weight)))
+        batch = operand.shape[0]
+        scratch = operand.new_empty(batch * min(self.size, self.weight.shape[0]))
         for first, rows, scales in self:
-            chunk = scratch[: batch * len(rows)].view(batch, len(rows))
+            chunk = scratch[: batch * rows.shape[0]].view(batch, rows.shape[0])
             yield first, torch.mm(operand, rows.t(), out=chunk), scales
 
     def _prepared(self, chunk: Tensor, inverse_norms: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ class WeightChunks:
                     self.backend, chunk, "normalize_rows", chunk, inverse_norms, self._nothing
                 )
             return chunk, inverse_norms if self.normalize else self._no_scales
-        rows = self._rows[: len(chunk)]
+        rows = self._rows[: chunk.shape[0]]
         if self.normalize and self._known:
             inverse_norms = torch.empty_like(inverse_norms)
         if self.normalize:

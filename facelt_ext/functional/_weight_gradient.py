@@ -39,14 +39,14 @@ class WeightGradient:
         if grad is None:
             grad = _native.large_output(weight, weight.numel(), weight.dtype).view(weight.shape)
         self.grad = grad
-        converted = 0 if weight.dtype == operand.dtype else min(size, len(weight))
+        converted = 0 if weight.dtype == operand.dtype else min(size, weight.shape[0])
         self._raw = operand.new_empty(converted, weight.shape[1])
 
     def write(self, first: int, gradient: Tensor, scales: Tensor) -> None:
         """From the gradient by a chunk's products [B, C], `scales` being those of its columns."""
         chunk = slice(first, first + gradient.shape[1])
         grad = self.grad[chunk]
-        raw = self._raw[: len(grad)] if len(self._raw) else grad
+        raw = self._raw[: grad.shape[0]] if self._raw.shape[0] else grad
         torch.mm(gradient.t(), self.operand, out=raw)
         if self.inverse_norms is None:
             if not self._scaled_before:
@@ -54,5 +54,5 @@ class WeightGradient:
             return
         _native.run(
             self.backend, raw, "project_rows", raw, self.weight[chunk], self.inverse_norms[chunk],
-            self.gain, len(scales) > 0, grad,
+            self.gain, scales.shape[0] > 0, grad,
         )  # fmt: skip

@@ -90,7 +90,7 @@ def domain_frequency_indicator(
     epsilon = check_epsilon(epsilon, weight)
     max_indicator = check_positive(max_indicator, "max_indicator", compute)
     if k == 0:
-        return weight.new_ones(len(weight) if index is None else index.shape[0], dtype=compute)
+        return weight.new_ones(weight.shape[0] if index is None else index.shape[0], dtype=compute)
     return indicator(_compactness(weight, index, k, scale), epsilon, max_indicator)
 
 
@@ -99,7 +99,7 @@ def _checked(
 ) -> tuple[Tensor, Tensor | None, float]:
     weight = check_matrix(weight, "weight")
     check_values(weight, "weight")
-    if len(weight) < 1:
+    if weight.shape[0] < 1:
         raise ValueError(f"weight: expected at least one row, got {list(weight.shape)}")
     scale = float(check_positive(scale, "scale", compute_dtype(weight.dtype)))
     if index is None:
@@ -133,13 +133,13 @@ def _compactness(weight: Tensor, index: Tensor | None, k: int, scale: float) -> 
     backend = _backend.of_call("inter_class_compactness", weight, traceable=True)
     if backend == "reference":
         if index is not None:
-            check_class_range(index, "index", len(weight), None)
+            check_class_range(index, "index", weight.shape[0], None)
         with autocast_off(weight.device.type):
             return reference.inter_class_compactness(weight, index, k=k, scale=scale)
     if index is None:
-        index = torch.arange(len(weight), device=weight.device)
+        index = torch.arange(weight.shape[0], device=weight.device)
     elif _backend.debugging():
-        check_class_range(index, "index", len(weight), None)
+        check_class_range(index, "index", weight.shape[0], None)
     dtype = product_dtype(weight.dtype, weight.dtype, weight.device.type)
     return _operator(convertible(weight, dtype), index, k, scale, dtype, backend)
 
@@ -149,7 +149,7 @@ def _fake(weight, index, k, scale, dtype, backend):
 
 
 def _flops(weight, index, *_):
-    return product_flops(len(index), *weight.shape)
+    return product_flops(index.shape[0], *weight.shape)
 
 
 @operator(
@@ -161,21 +161,21 @@ def _flops(weight, index, *_):
 def _operator(weight, index, k, scale, dtype, backend):
     weight, index = weight.contiguous(), index.contiguous()
     if backend == "native" and weight.is_cpu:
-        check_class_range(index, "index", len(weight), None)
+        check_class_range(index, "index", weight.shape[0], None)
     compactness = _fake(weight, index, k, scale, dtype, backend)
-    others = len(weight) - 1
+    others = weight.shape[0] - 1
     classes = index.clamp(0, others)
     if others == 0:
         return torch.where(index == classes, compactness.fill_(-torch.inf), torch.nan)
     k = min(k, others)
     dimensions, device = weight.shape[1], weight.device.type
     capacity = 0 if k == others else _native.call(backend, weight, "compactness_capacity", k)
-    at_once = rows_at_once(capacity, len(index))
+    at_once = rows_at_once(capacity, index.shape[0])
     size = chunk_size(at_once, dimensions, dtype, device)
     chunks = WeightChunks(weight, True, dtype, size, backend)
     run = _with_all if k == others else _with_nearest
     with autocast_off(device):
-        for begin in range(0, len(index), max(at_once, 1)):
+        for begin in range(0, index.shape[0], max(at_once, 1)):
             rows = slice(begin, begin + at_once)
             own = classes[rows]
             operand = normalized_rows(weight[own], dtype, backend)[0]
@@ -193,7 +193,7 @@ def _with_nearest(
 ) -> None:
     backend, compute = chunks.backend, compactness.dtype
     capacity = _native.call(backend, operand, "compactness_capacity", k)
-    kept = operand.new_empty(len(own), capacity, dtype=compute)
+    kept = operand.new_empty(own.shape[0], capacity, dtype=compute)
     counts, thresholds = torch.empty_like(own), torch.empty_like(compactness)
     for first, products, scales in chunks.products(operand):
         _native.run(
@@ -208,8 +208,8 @@ def _with_all(
 ) -> None:
     """All others are the k nearest: the softmax's normaliser, without the class itself."""
     compute = compactness.dtype
-    targets = operand.new_full((3, len(own)), -torch.inf, dtype=compute)
-    normalizer = operand.new_empty(2, len(own), dtype=compute)
+    targets = operand.new_full((3, own.shape[0]), -torch.inf, dtype=compute)
+    normalizer = operand.new_empty(2, own.shape[0], dtype=compute)
     for first, products, scales in chunks.products(operand):
         _native.run(
             chunks.backend, operand, "margin_softmax_normalizer", products, scales, own, targets,

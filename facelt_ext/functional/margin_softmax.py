@@ -115,9 +115,10 @@ def margin_softmax_loss(
         angular_multiplier > 1 or _has_margin(cosine_margin, angular_margin)
     ):
         raise ValueError("normalize_weight: margins need it to be True, got False")
+    classes = weight.shape[0]
     backend = _backend.of_call("margin_softmax_loss", features, weight, traceable=True)
     if backend == "reference" or _backend.debugging():
-        check_class_range(labels, "labels", len(weight), ignore_index)
+        check_class_range(labels, "labels", classes, ignore_index)
     if backend == "reference":
         with autocast_off(features.device.type):
             return reference.margin_softmax_loss(
@@ -128,13 +129,13 @@ def margin_softmax_loss(
             )  # fmt: skip
     options = (
         float(scale), angular_multiplier, normalize_features, normalize_weight, 0,
-        len(weight), ignore_index,
+        classes, ignore_index,
     )  # fmt: skip
     wants_gradient = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
-    keep = wants_gradient and keeps_products(workspace, features, len(weight), dtype)
+    keep = wants_gradient and keeps_products(workspace, features, classes, dtype)
     losses = MarginSoftmaxFunction.apply(
-        features, weight, labels, _margins_of(cosine_margin, labels, len(weight), compute),
-        _margins_of(angular_margin, labels, len(weight), compute), options, keep, dtype, backend,
+        features, weight, labels, _margins_of(cosine_margin, labels, classes, compute),
+        _margins_of(angular_margin, labels, classes, compute), options, keep, dtype, backend,
     )  # fmt: skip
     return reduced(losses, labels != ignore_index, reduction)
 
