@@ -10,7 +10,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 BUILD = "`pip install --force-reinstall --no-deps .` in the folder of its sources builds it"
 # Packages of the system that have a library, in apt's words and dnf's.
-PACKAGES = {"libgomp": ("libgomp1", "libgomp"), "libstdc++": ("libstdc++6", "libstdc++")}
+PACKAGES = {
+    "libgomp": ("libgomp1", "libgomp"),
+    "libomp": ("libomp5", "libomp"),
+    "libstdc++": ("libstdc++6", "libstdc++"),
+}
 
 
 def explain(error: ImportError) -> str:
@@ -49,7 +53,11 @@ def _not_loaded(message: str) -> str:
 def _installed_elsewhere(suffix: str) -> Path | None:
     """Another copy of the package on the path that has a module for this Python."""
     for entry in sys.path:
-        package = Path(entry or ".").resolve() / PACKAGE.name
-        if package != PACKAGE and (package / f"_C{suffix}").exists():
-            return package
+        try:
+            package = Path(entry or ".").resolve() / PACKAGE.name
+            if package != PACKAGE and (package / f"_C{suffix}").exists():
+                return package
+        except OSError:
+            # Not to be searched, or relative to a folder that is gone. Python passes over it, too.
+            continue
     return None

@@ -53,6 +53,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             [f"_C{SUFFIX}"],
+            "libomp.so.5: cannot open shared object file: No such file or directory",
+            ["needs the library libomp.so.5", "apt-get install libomp5"],
+            ["pip install"],
+        ),
+        (
+            [f"_C{SUFFIX}"],
             "libother.so: cannot open shared object file: No such file or directory",
             ["needs the library libother.so", "the package of your system"],
             ["pip install"],
@@ -85,6 +91,31 @@ def test_sources_that_hide_an_installed_module(
     text = _missing_module.explain(ImportError("No module named 'facelt_ext._C'"))
     assert f"imports {package}" in text and f"instead of {installed}" in text
     assert NOT_BUILT not in text
+
+
+def test_a_path_that_cannot_be_searched_is_passed_over(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setattr(sys, "path", ["", "relative", *sys.path])
+    assert "It is not in" in _missing_module.explain(ImportError("No module"))
+
+
+def test_a_folder_without_permission_is_passed_over(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(sys, "path", ["/closed"])
+    real = Path.exists
+    monkeypatch.setattr(
+        Path, "exists", lambda path: refuse(path) if path.parts[1] == "closed" else real(path)
+    )
+    assert "It is not in" in _missing_module.explain(ImportError("No module"))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no module"])
