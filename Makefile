@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 export FACELT_CUDA_ARCHS ?= 75
 export FACELT_EMULATION ?= on
 
-NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py native_build.py pyproject.toml \
+NATIVE := $(shell find csrc cmake -type f ! -name '*.txt') CMakeLists.txt setup.py native_build.py pyproject.toml \
 	constraints.txt
 
 .PHONY: demo test bench docs lint format wheel compilers builds sanitize clean

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from facelt_ext._version import VERSION
+
 ROOT = Path(__file__).resolve().parent.parent
 PIP_WHEEL = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
 WHEEL = [*PIP_WHEEL, "--wheel-dir", "wheels", "./src"]
@@ -111,7 +113,7 @@ def test_setuptools_from_61_on(sources: Path, version: str) -> None:
     run(["-m", "pip", "install", "--quiet", "--target", target, *old], sources)
     run(WHEEL, sources.parent, PYTHONPATH=target)
     (metadata,) = [name for name in packed(sources.parent) if name.endswith("/METADATA")]
-    assert metadata == "facelt_ext-0.1.0.dist-info/METADATA"
+    assert metadata == f"facelt_ext-{VERSION}.dist-info/METADATA"
 
 
 def test_the_source_distribution_builds(sources: Path) -> None:

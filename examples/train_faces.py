@@ -28,7 +28,7 @@ from face_demo.arguments import check_at_least, check_finite, check_seed, usable
 from face_demo.ending import ended_by_sigterm, named_errors
 from face_demo.errors import DataError
 from face_demo.files import make_folder
-from face_demo.folders import any_output, printable
+from face_demo.folders import any_output, leads, printable
 from face_training.checkpoint import CHECKPOINT, read_checkpoint
 from face_training.evaluation_sets import (
     EvaluationSet,
@@ -201,7 +201,7 @@ def load_all(options: argparse.Namespace) -> tuple[Faces, list[str], list[Evalua
         skipped, faces = faces.left_out + skipped, faces.keep(kept)
         if options.resume:
             faces = restored(faces, scans / "listing.json", options.skip_unreadable)
-        elif os.environ.get("RANK", "0") == "0":
+        elif leads():
             write_listing(faces, scans / "listing.json")
     faces, out = hold_out(faces, options.hold_out, options.seed)
     if out is not None:
@@ -284,11 +284,6 @@ def check_place(options: argparse.Namespace) -> None:
             raise DataError(f"--output {options.output} must not lie in {folder}, with images")
 
 
-def leads() -> bool:
-    """This is the process that reports."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def run(options: argparse.Namespace, store: dist.Store | None) -> None:
     device = start_processes(options, store)
     recipe, saved = open_run(options)
@@ -340,7 +335,7 @@ def run(options: argparse.Namespace, store: dist.Store | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     any_output()
     # Under torchrun all processes have the same arguments: what is wrong with them is said once.
-    with redirect_stderr(StringIO()) if os.environ.get("RANK", "0") != "0" else nullcontext():
+    with nullcontext() if leads() else redirect_stderr(StringIO()):
         options = parse_arguments(arguments)
     if "RANK" not in os.environ:
         with named_errors(), ended_by_sigterm():

@@ -40,14 +40,12 @@ def _not_loaded(message: str) -> str:
     library = re.match(r"(\S+): cannot open shared object file", message)
     if library is None:
         return f"It cannot be loaded: {message}. {BUILD}."
-    name = library[1]
-    stem = re.split(r"\.so|-", name)[0]
-    if stem in PACKAGES:
-        apt, dnf = PACKAGES[stem]
-        cure = f"`apt-get install {apt}` or `dnf install {dnf}` installs it"
-    else:
-        cure = "install the package of your system that has it"
-    return f"It needs the library {name}, which is missing. {cure[0].upper()}{cure[1:]}."
+    missing = f"It needs the library {library[1]}, which is missing."
+    stem = re.split(r"\.so|-", library[1])[0]
+    if stem not in PACKAGES:
+        return f"{missing} Install the package of your system that has it."
+    apt, dnf = PACKAGES[stem]
+    return f"{missing} `apt-get install {apt}` or `dnf install {dnf}` installs it."
 
 
 def _installed_elsewhere(suffix: str) -> Path | None:

@@ -41,9 +41,14 @@ def any_output() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def leads() -> bool:
+    """This is the process that reports: the only one, or the first under torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(message: str) -> None:
-    """Writes a line above bars of progress; under torchrun the first process does."""
-    if os.environ.get("RANK", "0") == "0":
+    """Writes a line above bars of progress, in the process that reports."""
+    if leads():
         tqdm.write(printable(message))
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from face_demo.errors import DataError
 from face_demo.files import write_text
-from face_demo.folders import printable, say
+from face_demo.folders import leads, printable, say
 from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
 
@@ -32,11 +31,10 @@ def readable(images: Images, size: int, cache: Path, threads: int) -> tuple[Tens
     """
     kept = _read(cache)
     keys = [_key(images.stamp(number)) for number in range(len(images))]
-    leads = os.environ.get("RANK", "0") == "0"
     unknown = [
         number
         for number, key in enumerate(keys)
-        if key is None or (kept.get(key) != "" and (leads or key not in kept))
+        if key is None or (kept.get(key) != "" and (leads() or key not in kept))
     ]
 
     def problem(number: int) -> str:
@@ -53,7 +51,7 @@ def readable(images: Images, size: int, cache: Path, threads: int) -> tuple[Tens
     for number in wrong:
         say(f"cannot read {images.name(number)}: {problems[number]}")
     found = {key: each for key, each in zip(keys, problems, strict=True) if key is not None}
-    if leads and found != kept:
+    if leads() and found != kept:
         _write(cache, found)
     good = torch.tensor([not each for each in problems], dtype=torch.bool)
     return good.nonzero()[:, 0], [printable(images.name(number)) for number in wrong]

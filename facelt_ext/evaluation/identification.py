@@ -243,8 +243,8 @@ class _Gallery:
         return ranks
 
     def _same(self, block: Block) -> Tensor:
-        rows, columns = block.scores.shape
-        return self.probe_labels[block.part, None] == self.labels[block.left : block.left + columns]
+        columns = slice(block.left, block.left + len(block.columns))
+        return self.probe_labels[block.part, None] == self.labels[columns]
 
 
 def _check_distractors(distractors: Array, features: Tensor) -> Tensor:
